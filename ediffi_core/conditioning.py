@@ -1,0 +1,110 @@
+"""Conditioning: what the denoiser is told about the image it makes.
+
+Three embeddings, each of which may be absent: CLIP text, T5 text and a CLIP image embedding (the style). An absent
+embedding is all zeros and hidden by its mask, exactly as training drops it (eDiff-I, Sec. 4.2), so any subset works.
+Axis letters: B batch, L tokens, E embedding width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+CLIP_LENGTH = 77  # tokens (eDiff-I, App. A)
+T5_LENGTH = 113
+EMBEDDINGS = ("clip", "t5", "image")
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Embeddings of B requests. Masks are True where a token counts; padding and dropped embeddings are False."""
+
+    clip_tokens: Tensor  # (B, 77, E_clip) hidden states of CLIP's text encoder
+    clip_mask: Tensor  # (B, 77) bool
+    clip_pooled: Tensor  # (B, E_pooled)
+    t5_tokens: Tensor  # (B, 113, E_t5)
+    t5_mask: Tensor  # (B, 113) bool
+    image: Tensor  # (B, E_image) CLIP image embedding
+    image_mask: Tensor  # (B,) bool
+
+    @classmethod
+    def of_text(cls, text, image: Tensor | None = None, image_width: int | None = None) -> "Conditioning":
+        """From the text embeddings of `encoders` and, for a style, an image embedding (B, E_image)."""
+        batch = text.clip_tokens.shape[0]
+        if image is None:
+            width = image_width if image_width is not None else text.clip_pooled.shape[1]
+            image = text.clip_pooled.new_zeros(batch, width)
+            present = torch.zeros(batch, dtype=torch.bool, device=image.device)
+        else:
+            present = torch.ones(batch, dtype=torch.bool, device=image.device)
+        return cls(text.clip_tokens, text.clip_mask, text.clip_pooled, text.t5_tokens, text.t5_mask, image, present)
+
+    def __len__(self) -> int:
+        return self.image.shape[0]
+
+    def map(self, function) -> "Conditioning":
+        """Apply `function` to each tensor."""
+        return Conditioning(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+
+    def rows(self, index) -> "Conditioning":
+        """The requests selected by `index`, a slice or a list of rows."""
+        return self.map(lambda tensor: tensor[index])
+
+    def to(self, device=None, dtype: torch.dtype | None = None) -> "Conditioning":
+        """Move all tensors to `device`; only the floating ones take `dtype`."""
+        return self.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
+
+    def drop(self, clip: Tensor | None = None, t5: Tensor | None = None, image: Tensor | None = None) -> "Conditioning":
+        """Zero and hide whole embeddings of the rows marked True, (B,) bool each (eDiff-I, Sec. 4.2).
+
+        Without CLIP text neither its tokens nor its pooled vector remain.
+        """
+        changed = {}
+        if clip is not None:
+            changed["clip_tokens"] = self.clip_tokens * ~clip[:, None, None]
+            changed["clip_pooled"] = self.clip_pooled * ~clip[:, None]
+            changed["clip_mask"] = self.clip_mask & ~clip[:, None]
+        if t5 is not None:
+            changed["t5_tokens"] = self.t5_tokens * ~t5[:, None, None]
+            changed["t5_mask"] = self.t5_mask & ~t5[:, None]
+        if image is not None:
+            changed["image"] = self.image * ~image[:, None]
+            changed["image_mask"] = self.image_mask & ~image
+        return replace(self, **changed)
+
+    def only(self, *kept: str) -> "Conditioning":
+        """Keep the named embeddings of `EMBEDDINGS` and drop the others: `only("t5")` is the paper's T5-only ablation."""
+        unknown = set(kept) - set(EMBEDDINGS)
+        if unknown:
+            raise ValueError(f"Unknown embedding {sorted(unknown)[0]!r}. The embeddings are {', '.join(EMBEDDINGS)}.")
+        everything = torch.ones_like(self.image_mask)
+        return self.drop(**{name: everything for name in EMBEDDINGS if name not in kept})
+
+    def trimmed(self) -> "Conditioning":
+        """The same requests without the trailing tokens that no row uses; hidden tokens change no result."""
+        clip, t5 = _used(self.clip_mask), _used(self.t5_mask)
+        return replace(
+            self,
+            clip_tokens=self.clip_tokens[:, :clip],
+            clip_mask=self.clip_mask[:, :clip],
+            t5_tokens=self.t5_tokens[:, :t5],
+            t5_mask=self.t5_mask[:, :t5],
+        )
+
+
+def _used(mask: Tensor) -> int:
+    used = mask.any(0).nonzero()
+    return int(used.max()) + 1 if len(used) else 0
+
+
+def null_conditioning(conditioning: Conditioning) -> Conditioning:
+    """Nothing is known: all three embeddings dropped. The unconditional branch of guidance (eDiff-I, Sec. 4.2)."""
+    return conditioning.only()
+
+
+def joined(parts: Sequence[Conditioning]) -> Conditioning:
+    """Several requests as one batch."""
+    return Conditioning(
+        **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Conditioning)}
+    )

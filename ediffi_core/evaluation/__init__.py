@@ -1,0 +1,1 @@
+"""Evaluation: what the pictures of an ensemble show, measured."""

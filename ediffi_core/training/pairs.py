@@ -1,0 +1,136 @@
+"""Training pairs: pictures with the frozen embeddings of their captions, computed once and kept in shards.
+
+A shard is a safetensors file of a few thousand pairs. Tokens of all captions lie end to end, (tokens, E) float16, with
+the length of each beside them, so padding is not stored. Pictures are (n, H, W, 3) uint8.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..conditioning import Conditioning
+from .recipe import Data
+
+SHARD = 2048  # pairs per file
+TOKENS = ("clip", "t5")
+
+
+def shapeworld_pairs(data: Data, shard: int, count: int):
+    """The pictures (count, H, W, 3) uint8 and captions of one shard; the same for the same arguments, whatever else ran."""
+    from ..shapeworld import caption, random_scene, render
+
+    rng = np.random.default_rng([data.seed, shard])
+    resolution = data.resolution
+    pictures, captions = np.empty((count, resolution, resolution, 3), np.uint8), []
+    for i in range(count):
+        scene = random_scene(rng)
+        pictures[i] = (render(scene, resolution) * 255).round()
+        captions.append(caption(scene, rng, "long" if rng.random() < data.long_share else "short"))
+    return torch.from_numpy(pictures), captions
+
+
+def write_shards(
+    folder: str | Path, encoders, data: Data, batch: int = 256, worker: int = 0, workers: int = 1
+) -> Iterator[tuple[int, int]]:
+    """Render, caption and encode `data.pairs` pairs into `folder`; yields (pairs done, pairs in all) after each shard.
+
+    Shards that are already there are kept, so an interrupted run continues; other settings are refused. Of several
+    workers, each writes every `workers`-th shard.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = asdict(data)
+    described = folder / "pairs.json"
+    if described.is_file() and json.loads(described.read_text()) != settings:
+        raise ValueError(
+            f"{folder} already holds other pairs ({described.read_text().strip()}), this recipe asks for "
+            f"{json.dumps(settings)}. Choose another folder or remove the old one."
+        )
+    described.write_text(json.dumps(settings))
+    count = data.pairs
+    for shard in range(worker, math.ceil(count / SHARD), workers):
+        start = shard * SHARD
+        path = folder / f"pairs-{shard:05d}.safetensors"
+        size = min(SHARD, count - start)
+        if not path.is_file():
+            pictures, captions = shapeworld_pairs(data, shard, size)
+            save_file(
+                {"pictures": pictures, **_embedded(encoders, pictures, [c.text for c in captions], batch)},
+                path.with_suffix(f".partial{worker}"),
+            )
+            os.replace(path.with_suffix(f".partial{worker}"), path)
+        yield start + size, count
+
+
+@torch.inference_mode()
+def _embedded(encoders, pictures: Tensor, texts: list[str], batch: int) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {}
+    for start in range(0, len(texts), batch):
+        text = encoders.encode_text(texts[start : start + batch])
+        images = pictures[start : start + batch].permute(0, 3, 1, 2) / 127.5 - 1
+        for name in TOKENS:
+            tokens, mask = getattr(text, f"{name}_tokens"), getattr(text, f"{name}_mask")
+            parts.setdefault(f"{name}_tokens", []).append(tokens[mask].half())
+            parts.setdefault(f"{name}_lengths", []).append(mask.sum(1))
+        parts.setdefault("clip_pooled", []).append(text.clip_pooled.half())
+        parts.setdefault("image", []).append(encoders.encode_image(images).half())
+    return {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All pairs of a folder in memory."""
+
+    pictures: Tensor  # (n, H, W, 3) uint8
+    tokens: dict[str, Tensor]  # per encoder: (tokens, E) float16, captions end to end
+    starts: dict[str, Tensor]  # per encoder: (n + 1,) where each caption's tokens begin
+    clip_pooled: Tensor  # (n, E)
+    image: Tensor  # (n, E)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Conditioning]:
+        """Images (B, 3, H, W) float32 in [-1, 1] and their conditioning, padded to the longest caption of the batch."""
+        images = self.pictures[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
+        (clip, clip_mask), (t5, t5_mask) = (self._padded(name, rows) for name in TOKENS)
+        present = torch.ones(len(rows), dtype=torch.bool)
+        pooled, image = self.clip_pooled[rows].float(), self.image[rows].float()
+        return images, Conditioning(clip, clip_mask, pooled, t5, t5_mask, image, present)
+
+    def _padded(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        starts, lengths = self.starts[name][rows], (self.starts[name][1:] - self.starts[name][:-1])[rows]
+        offsets = torch.arange(int(lengths.max()))
+        mask = offsets < lengths[:, None]
+        where = (starts[:, None] + offsets).clamp(max=len(self.tokens[name]) - 1)
+        return self.tokens[name][where].float() * mask[:, :, None], mask
+
+
+def read_shards(folder: str | Path) -> Pairs:
+    """Load all shards of a folder. Raises FileNotFoundError where there are none."""
+    paths = sorted(Path(folder).glob("pairs-*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"There are no training pairs in {folder}. Prepare them first: ediffi prepare RECIPE.")
+    parts: dict[str, list[Tensor]] = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                parts.setdefault(name, []).append(file.get_tensor(name))
+    whole = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    ends = {name: whole[f"{name}_lengths"].cumsum(0) for name in TOKENS}
+    return Pairs(
+        pictures=whole["pictures"],
+        tokens={name: whole[f"{name}_tokens"] for name in TOKENS},
+        starts={name: torch.cat([ends[name].new_zeros(1), ends[name]]) for name in TOKENS},
+        clip_pooled=whole["clip_pooled"],
+        image=whole["image"],
+    )

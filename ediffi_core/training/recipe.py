@@ -1,0 +1,127 @@
+"""Recipes: one TOML file says everything that decides the weights of an ensemble."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import tomllib
+
+from ..intervals import EVERYTHING, NoiseDistribution, NoiseInterval, complement
+from ..unet import PRESETS, UNetConfig
+
+TREE = NoiseDistribution()  # the paper's tree of intervals, whatever noise a recipe trains on
+
+
+@dataclass(frozen=True)
+class Data:
+    encoders: str  # folder of the frozen encoders
+    pairs: int  # number of pictures
+    seed: int = 0
+    resolution: int = 64
+    long_share: float = 0.5  # share of long captions
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW (eDiff-I, App. B: learning rate 1e-4, weight decay 0.01, batch 2048)."""
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    warmup: int = 0  # steps from 0 to the full learning rate
+    final: float = 1.0  # share of the learning rate that the cosine decay leaves at the last step; 1 keeps it constant
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.9999  # decay of the averaged weights
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """How often each embedding is dropped, independently (eDiff-I, Sec. 4.2; the rates are not in its text)."""
+
+    clip: float = 0.2
+    t5: float = 0.25
+    image: float = 0.9
+
+
+@dataclass(frozen=True)
+class Node:
+    """One network of the branching tree: what it is trained on, from whose weights it starts, and for how long."""
+
+    name: str
+    steps: int
+    batch: int
+    parent: str | None = None
+    owns: tuple[tuple[int, int], ...] = ()  # (depth, index) intervals of the tree; none means everything
+    excludes: tuple[tuple[int, int], ...] = ()  # intervals taken away instead, the paper's minus sign
+    expert: bool = False  # part of the finished ensemble?
+    learning_rate: float | None = None  # None: the recipe's
+    seed: int = 0
+
+    @property
+    def intervals(self) -> tuple[NoiseInterval, ...]:
+        if self.owns:
+            return tuple(TREE.interval(depth, index) for depth, index in self.owns)
+        if self.excludes:
+            return complement([TREE.interval(depth, index) for depth, index in self.excludes])
+        return (EVERYTHING,)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    network: UNetConfig
+    data: Data
+    nodes: tuple[Node, ...]
+    noise: NoiseDistribution = field(default_factory=NoiseDistribution)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    dropout: Dropout = field(default_factory=Dropout)
+    sampler: dict[str, Any] = field(default_factory=dict)  # recommended settings, written into ensemble.json
+    seed: int = 0
+
+    def node(self, name: str) -> Node:
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        known = ", ".join(node.name for node in self.nodes)
+        raise ValueError(f"The recipe {self.name} has no node {name!r}. Its nodes are {known}.")
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a TOML recipe. Raises FileNotFoundError, or ValueError naming the entry that is not understood."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no recipe {path}. Recipes are TOML files; see the folder recipes/.")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path.name} is not valid TOML: {error}.") from error
+    try:
+        preset = values["network"].pop("preset", None)
+        network = {**(PRESETS[preset].as_dict() if preset else {}), **values.pop("network")}
+        known = {one.name for one in fields(Recipe)}
+        sections = {
+            "data": Data,
+            "noise": NoiseDistribution,
+            "optimizer": Optimizer,
+            "dropout": Dropout,
+        }
+        built = {name: kind(**values.pop(name)) for name, kind in sections.items() if name in values}
+        nodes = tuple(
+            Node(**{key: tuple(map(tuple, value)) if isinstance(value, list) else value for key, value in node.items()})
+            for node in values.pop("nodes")
+        )
+        unknown = set(values) - known
+        if unknown:
+            raise ValueError(f"unknown entry {sorted(unknown)[0]!r}")
+        recipe = Recipe(name=path.stem, network=UNetConfig(**network), nodes=nodes, **built, **values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path.name} is not a usable recipe: {error}.") from error
+    seen: set[str] = set()
+    for node in recipe.nodes:
+        if node.parent is not None and node.parent not in seen:
+            raise ValueError(
+                f"{path.name}: node {node.name!r} starts from {node.parent!r}, which does not come before it."
+            )
+        seen.add(node.name)
+    return recipe

@@ -1,0 +1,219 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import TINY, random_conditioning, tiny_network
+
+from ediffi_core.checkpoint import (
+    NetworkHeader,
+    load_ensemble,
+    load_network,
+    read_ensemble,
+    read_header,
+    save_network,
+    write_ensemble,
+)
+from ediffi_core.intervals import EVERYTHING, NoiseInterval, paper_split
+
+NAMES = ("high", "middle", "low")
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "expert.safetensors"
+    save_network(path, tiny_network().state_dict(), NetworkHeader(TINY, NoiseInterval(1, math.inf)))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    for seed, (name, interval) in enumerate(zip(NAMES, paper_split(), strict=True)):
+        save_network(folder / f"{name}.safetensors", tiny_network(seed).state_dict(), NetworkHeader(TINY, interval))
+    write_ensemble(folder, [(f"{name}.safetensors", one) for name, one in zip(NAMES, paper_split(), strict=True)])
+    return folder
+
+
+def edit(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def rewrite(path, change=lambda weights: None, header=None):
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"ediffi": header or NetworkHeader(TINY).to_json()})
+
+
+def test_a_file_gives_back_the_network_that_was_saved(file):
+    network, header = load_network(file)
+    assert header.interval == NoiseInterval(1, math.inf)
+    assert header.config == TINY
+    x, c_noise, conditioning = torch.randn(2, 3, 8, 8), torch.zeros(2), random_conditioning()
+    assert torch.equal(network(x, c_noise, conditioning), tiny_network()(x, c_noise, conditioning))
+
+
+def test_the_header_says_everything_without_loading_weights(file):
+    header = read_header(file)
+    assert (header.kind, header.sigma_data, header.config.t5_width) == ("base", 0.5, 14)
+
+
+def test_an_interrupted_save_leaves_the_old_file(file, monkeypatch):
+    before = file.read_bytes()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save_network(file, tiny_network(1).state_dict(), NetworkHeader(TINY))
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, 0.5, 0.999])
+def test_a_truncated_file_is_refused(file, keep):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match=r"expert.safetensors is damaged"):
+        load_network(file)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file absent.safetensors"):
+        load_network(tmp_path / "absent.safetensors")
+
+
+def test_a_weight_of_the_wrong_shape_is_named_with_both_shapes(file):
+    rewrite(file, lambda weights: weights.update({"stem.weight": torch.zeros(16, 4, 3, 3)}))
+    with pytest.raises(ValueError, match=r"stem.weight has shape \[16, 4, 3, 3\], but .* \[16, 3, 3, 3\]"):
+        read_header(file)
+
+
+def test_a_missing_weight_is_named(file):
+    rewrite(file, lambda weights: weights.pop("null.weight"))
+    with pytest.raises(ValueError, match=r"lacks the weight null.weight"):
+        read_header(file)
+
+
+def test_a_weight_too_many_is_named(file):
+    rewrite(file, lambda weights: weights.update(extra=torch.zeros(1)))
+    with pytest.raises(ValueError, match="holds a weight extra"):
+        read_header(file)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(file, value):
+    rewrite(file, lambda weights: weights["stem.bias"].fill_(value))
+    with pytest.raises(ValueError, match=r"stem.bias holds values that are not finite"):
+        load_network(file)
+
+
+def test_a_file_without_a_description_is_refused(file):
+    save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="without an eDiff-I description"):
+        read_header(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(format=99), "format version 99"),
+        (dict(kind="video"), "kind 'video'"),
+        (dict(c_noise="ln(sigma)"), "c_noise"),
+        (dict(network=dict(channels=-1)), "unusable description"),
+        (dict(network=dict(colour=3)), "unusable description"),
+        (dict(interval=[3, 1]), "0 <= low < high"),
+        (dict(interval="all"), "unusable description"),
+        (dict(sigma_data=None), "unusable description"),
+    ],
+)
+def test_an_unusable_description_is_refused(file, change, message):
+    header = {**json.loads(NetworkHeader(TINY).to_json()), **change}
+    rewrite(file, header=json.dumps(header))
+    with pytest.raises(ValueError, match=message):
+        read_header(file)
+
+
+def test_a_description_that_is_not_json_is_refused(file):
+    rewrite(file, header="{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        read_header(file)
+
+
+def test_an_ensemble_folder_loads_with_its_intervals(folder):
+    ensemble = load_ensemble(folder)
+    assert ensemble.router.intervals == paper_split()
+    x, conditioning = torch.randn(2, 3, 8, 8), random_conditioning()
+    sigma = torch.tensor([20.0, 0.01])
+    assert ensemble(x, sigma, conditioning).shape == x.shape
+
+
+def test_a_gap_between_experts_is_named_with_its_sigmas(folder):
+    edit(folder / "ensemble.json", lambda values: values["experts"][2].update(interval=[0, 0.05]))
+    with pytest.raises(ValueError, match=r"tiny/ensemble.json: .* leave a gap between sigma 0.05 and 0.0757"):
+        read_ensemble(folder)
+
+
+@pytest.mark.parametrize("name", ["../expert.safetensors", "/etc/passwd", "a/../../x", "sub/high.safetensors", ".."])
+def test_a_path_outside_the_folder_is_refused(folder, name):
+    edit(folder / "ensemble.json", lambda values: values["experts"][0].update(file=name))
+    with pytest.raises(ValueError, match="outside its folder"):
+        read_ensemble(folder)
+
+
+def test_a_link_that_leaves_the_folder_is_refused(folder, file):
+    (folder / "high.safetensors").unlink()
+    (folder / "high.safetensors").symlink_to(file)
+    with pytest.raises(ValueError, match="outside its folder"):
+        read_ensemble(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values.update(experts=[]), "lists no experts"),
+        (lambda values: values.update(stage="video"), "stage 'video'"),
+        (lambda values: values.update(format=7), "format version 7"),
+        (lambda values: values["experts"][0].pop("file"), "needs a file and an interval"),
+        (lambda values: values["experts"][0].update(interval=3), "needs a file and an interval"),
+        (lambda values: values["experts"].reverse(), "from high noise to low noise"),
+    ],
+)
+def test_an_unusable_ensemble_is_refused(folder, change, message):
+    edit(folder / "ensemble.json", change)
+    with pytest.raises(ValueError, match=message):
+        read_ensemble(folder)
+
+
+def test_a_missing_expert_is_named(folder):
+    (folder / "low.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"names low.safetensors, but there is no such file"):
+        read_ensemble(folder)
+
+
+def test_a_folder_without_a_description_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no .*/ensemble.json"):
+        read_ensemble(tmp_path)
+
+
+def test_an_expert_outside_the_noise_it_was_trained_for_is_refused(folder):
+    high, middle, _ = paper_split()
+    edit(folder / "ensemble.json", lambda values: values["experts"][0].update(interval=[2, None]))
+    edit(folder / "ensemble.json", lambda values: values["experts"][1].update(interval=[middle.low, 2]))
+    with pytest.raises(
+        ValueError, match=r"trained for sigma in \[9.6\d+, inf\), but ensemble.json gives it \[2, inf\)"
+    ):
+        load_ensemble(folder)
+    assert high.low > 9
+
+
+def test_experts_of_different_encoders_are_refused(folder):
+    config = dataclasses.replace(TINY, t5_width=20)
+    save_network(folder / "low.safetensors", tiny_network(t5_width=20).state_dict(), NetworkHeader(config, EVERYTHING))
+    with pytest.raises(ValueError, match=r"t5_width 20, high.safetensors has 14"):
+        load_ensemble(folder)

@@ -1,0 +1,188 @@
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import TINY, random_conditioning, tiny_network
+
+from ediffi_core.checkpoint import load_ensemble, read_header
+from ediffi_core.intervals import EVERYTHING, NoiseDistribution
+from ediffi_core.preconditioning import Denoiser
+from ediffi_core.training.pairs import Pairs, shapeworld_pairs
+from ediffi_core.training.recipe import Data, Dropout, Node, Optimizer, Recipe, read_recipe
+from ediffi_core.training.trainer import Trainer, denoising_loss, export, learning_rate_share
+
+NODE = Node("shared", steps=6, batch=4)
+
+
+def recipe(*nodes, **changes):
+    optimizer = Optimizer(learning_rate=1e-3, warmup=2, final=0.1, ema=0.9)
+    return Recipe("tiny", TINY, Data("none", 32), nodes or (NODE,), optimizer=optimizer, **changes)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """32 small pictures of one colour each, with captions of random length."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = {name: torch.randint(1, 6, (32,), generator=generator) for name in ("clip", "t5")}
+    starts = {name: torch.cat([torch.zeros(1, dtype=torch.long), one.cumsum(0)]) for name, one in lengths.items()}
+    widths = {"clip": TINY.clip_width, "t5": TINY.t5_width}
+    return Pairs(
+        pictures=torch.randint(0, 256, (32, 1, 1, 3), dtype=torch.uint8, generator=generator).expand(-1, 8, 8, -1),
+        tokens={name: torch.randn(int(starts[name][-1]), widths[name], generator=generator).half() for name in lengths},
+        starts=starts,
+        clip_pooled=torch.randn(32, TINY.pooled_width, generator=generator).half(),
+        image=torch.randn(32, TINY.image_width, generator=generator).half(),
+    )
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()} | {
+        f"average.{name}": tensor.clone() for name, tensor in trainer.average.items()
+    }
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_run_stopped_anywhere_continues_to_the_same_weights(pairs, tmp_path, stop):
+    whole = Trainer(recipe(), NODE, pairs, tmp_path / "whole")
+    losses = [progress.loss for progress in whole.train()]
+
+    first = Trainer(recipe(), NODE, pairs, tmp_path / "parts")
+    parts = [progress.loss for progress in first.train(until=stop)]
+    first.save()
+    second = Trainer(recipe(), NODE, pairs, tmp_path / "parts")
+    assert second.step == stop
+    parts += [progress.loss for progress in second.train()]
+
+    assert parts == losses
+    expected = weights(whole)
+    for name, tensor in weights(second).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_training_lowers_the_loss(pairs, tmp_path):
+    node = dataclasses.replace(NODE, steps=120, batch=16)
+    losses = [progress.loss for progress in Trainer(recipe(node), node, pairs, tmp_path).train()]
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+
+
+def test_an_untrained_network_scores_a_loss_of_one():
+    """F = 0 leaves the target, which has unit variance for images of variance sigma_data^2."""
+    network = tiny_network()
+    torch.nn.init.zeros_(network.conv_out.weight)
+    torch.nn.init.zeros_(network.conv_out.bias)
+    generator = torch.Generator().manual_seed(0)
+    images, noise = (
+        0.5 * torch.randn(64, 3, 16, 16, generator=generator),
+        torch.randn(64, 3, 16, 16, generator=generator),
+    )
+    sigma = NoiseDistribution().sample(64, (EVERYTHING,), generator).float()
+    loss = denoising_loss(Denoiser(network), images, random_conditioning(batch=64), sigma, noise)
+    assert loss.item() == pytest.approx(1, abs=0.02)
+
+
+def test_a_child_starts_from_its_parents_averaged_weights(pairs, tmp_path):
+    parent = Trainer(recipe(), NODE, pairs, tmp_path)
+    list(parent.train())
+    parent.save()
+    child = Trainer(recipe(), Node("high", 5, 4, parent="shared", owns=((9, 511),)), pairs, tmp_path)
+    saved = load_file(tmp_path / "shared.safetensors")
+    for name, tensor in child.network.state_dict().items():
+        assert torch.equal(tensor, saved[name].float())
+
+
+def test_an_expert_is_trained_on_its_own_noise_only(pairs, tmp_path):
+    trainer = Trainer(recipe(), Node("middle", 5, 64, excludes=((9, 511), (3, 0))), pairs, tmp_path)
+    _, _, sigma, _ = trainer._draw(0)
+    assert sigma.min() >= 0.0757
+    assert sigma.max() < 9.61
+
+
+def test_each_embedding_is_dropped_at_its_own_rate(pairs, tmp_path):
+    node = Node("shared", 5, 4000)
+    trainer = Trainer(recipe(node, dropout=Dropout(clip=0.2, t5=0.5, image=0.9)), node, pairs, tmp_path)
+    _, conditioning, _, _ = trainer._draw(0)
+    dropped = {name: ~getattr(conditioning, f"{name}_mask") for name in ("clip", "t5", "image")}
+    clip, t5, image = dropped["clip"].all(1), dropped["t5"].all(1), dropped["image"]
+    shares = [one.float().mean().item() for one in (clip, t5, image, clip & t5 & image)]
+    assert shares == pytest.approx([0.2, 0.5, 0.9, 0.09], abs=0.03)
+
+
+def test_the_learning_rate_rises_then_falls():
+    shares = [learning_rate_share(step, 100, warmup=10, final=0.1) for step in range(100)]
+    assert shares[0] == pytest.approx(0.1)
+    assert max(shares) == pytest.approx(1, abs=0.03)
+    assert shares[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_state_of_other_settings_is_refused(pairs, tmp_path):
+    trainer = Trainer(recipe(), NODE, pairs, tmp_path)
+    list(trainer.train(until=1))
+    trainer.save()
+    with pytest.raises(ValueError, match="continues a node of other settings"):
+        Trainer(recipe(), dataclasses.replace(NODE, batch=5), pairs, tmp_path)
+
+
+def test_the_finished_experts_become_an_ensemble(pairs, tmp_path):
+    split = [("high", ((9, 511),), ()), ("low", ((3, 0),), ()), ("middle", (), ((9, 511), (3, 0)))]
+    nodes = [NODE, *(Node(name, 1, 4, "shared", owns, excludes, expert=True) for name, owns, excludes in split)]
+    whole = recipe(*nodes, sampler={"steps": 5})
+    for node in nodes:
+        trainer = Trainer(whole, node, pairs, tmp_path)
+        list(trainer.train())
+        trainer.save()
+    export(whole, tmp_path, tmp_path / "ensemble")
+    assert len(load_ensemble(tmp_path / "ensemble").experts) == 3
+    header = read_header(tmp_path / "ensemble" / "high.safetensors")
+    assert header.training["recipe"] == "tiny"
+    assert header.interval.low == pytest.approx(9.6096, abs=1e-4)
+
+
+def test_a_batch_of_pairs_is_padded_to_its_longest_caption(pairs):
+    rows = torch.tensor([3, 7, 7])
+    images, conditioning = pairs.batch(rows)
+    assert images.min() >= -1
+    assert images.max() <= 1
+    for row, pair in enumerate(rows.tolist()):
+        start, stop = pairs.starts["t5"][pair : pair + 2].tolist()
+        assert conditioning.t5_mask[row].sum() == stop - start
+        assert torch.equal(conditioning.t5_tokens[row, : stop - start], pairs.tokens["t5"][start:stop].float())
+        assert (conditioning.t5_tokens[row, stop - start :] == 0).all()
+
+
+def test_shapeworld_pairs_are_the_same_for_the_same_seed_and_shard():
+    data = Data("none", 100, seed=3)
+    (pictures, captions), (again, _), (other, _) = (shapeworld_pairs(data, shard, 4) for shard in (0, 0, 1))
+    assert torch.equal(pictures, again)
+    assert not torch.equal(pictures, other)
+    assert all(caption.text for caption in captions)
+
+
+def test_every_shipped_recipe_reads(pytestconfig):
+    paths = sorted((pytestconfig.rootpath / "recipes").glob("*base*.toml"))
+    assert paths
+    for path in paths:
+        assert read_recipe(path).nodes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[network", "not valid TOML"),
+        ("[network]\npreset = 'tiny'\n[data]\nencoders = 'x'\npairs = 1\n", "nodes"),
+        (
+            "speed = 3\n[network]\npreset = 'tiny'\n[data]\nencoders = 'x'\npairs = 1\n[[nodes]]\nname='a'\nsteps=1\nbatch=1",
+            "speed",
+        ),
+        ("[network]\nwheels = 3\n[data]\nencoders = 'x'\npairs = 1\n[[nodes]]\nname='a'\nsteps=1\nbatch=1", "wheels"),
+        (
+            "[network]\npreset = 'tiny'\n[data]\nencoders = 'x'\npairs = 1\n[[nodes]]\nname='a'\nsteps=1\nbatch=1\nparent='b'",
+            "starts from 'b'",
+        ),
+    ],
+)
+def test_an_unusable_recipe_is_refused(tmp_path, text, message):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_recipe(path)

@@ -1,0 +1,125 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from tiny import TINY, random_conditioning, tiny_network
+
+from ediffi_core.attention import CrossAttention, SelfAttention
+from ediffi_core.unet import PRESETS, Block, UNet, UNetConfig
+
+C_NOISE = torch.tensor([0.3, -0.5])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 12), (16, 6), (64, 64)])
+@pytest.mark.parametrize("patch", [1, 2])
+def test_the_output_has_the_shape_of_the_image(size, patch, conditioning):
+    height, width = size[0] * patch, size[1] * patch
+    x = torch.randn(2, 3, height, width)
+    assert tiny_network(patch=patch)(x, C_NOISE, conditioning).shape == x.shape
+
+
+def test_a_size_the_network_cannot_halve_is_refused_with_its_multiple(conditioning):
+    with pytest.raises(ValueError, match="multiples of 4 pixels, got 10x8"):
+        tiny_network(patch=2)(torch.randn(2, 3, 8, 10), C_NOISE, conditioning)
+
+
+def test_a_batch_equals_its_members(conditioning):
+    network = tiny_network()
+    x = torch.randn(2, 3, 8, 8)
+    batch = network(x, C_NOISE, conditioning)
+    for row in range(2):
+        alone = network(x[row : row + 1], C_NOISE[row : row + 1], conditioning.rows([row]))
+        torch.testing.assert_close(batch[row], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_context_is_77_clip_113_t5_1_image_and_1_null_token(conditioning):
+    context, bias = tiny_network().context(conditioning, torch.float32)
+    assert context.shape == (2, 77 + 113 + 1 + 1, TINY.context_width)
+    assert bias.shape == (2, 1, 1, 192)
+    assert (bias[..., -1] == 0).all()
+    shown = bias[:, 0, 0] == 0
+    assert torch.equal(shown[:, :77], conditioning.clip_mask)
+    assert torch.equal(shown[:, 77:190], conditioning.t5_mask)
+
+
+def test_without_any_embedding_only_the_null_token_is_shown(conditioning):
+    _, bias = tiny_network().context(conditioning.only(), torch.float32)
+    assert (bias[..., :-1] == -math.inf).all()
+
+
+def test_hidden_tokens_change_nothing(conditioning):
+    network = tiny_network()
+    x = torch.randn(2, 3, 8, 8)
+    noisy = dataclasses.replace(
+        conditioning,
+        t5_tokens=torch.where(conditioning.t5_mask[..., None], conditioning.t5_tokens, torch.tensor(7.0)),
+    )
+    assert torch.equal(network(x, C_NOISE, noisy), network(x, C_NOISE, conditioning))
+
+
+def test_a_cross_attention_block_follows_each_self_attention_block():
+    kinds = [
+        type(module) for module in UNet(TINY).modules() if isinstance(module, SelfAttention | CrossAttention | Block)
+    ]
+    kinds = [kind for kind in kinds if kind is not Block]
+    assert len(kinds) > 0
+    assert kinds == [SelfAttention, CrossAttention] * (len(kinds) // 2)
+
+
+def test_training_starts_from_a_network_that_predicts_zero(conditioning):
+    network = UNet(TINY).initialise()
+    assert network(torch.randn(2, 3, 8, 8), C_NOISE, conditioning).abs().max() < 1e-1 * 2
+
+
+def test_every_weight_lies_in_a_layer_that_a_host_can_replace():
+    """Bare parameters would escape a host's offloading and casting (only leaves hold weights)."""
+    network = UNet(TINY, device="meta")
+    for name, module in network.named_modules():
+        if list(module.parameters(recurse=False)):
+            assert not list(module.children()), name
+            assert type(module).__module__.startswith("torch.nn"), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(blocks=(1,)), "have 2, 1 and 2 entries"),
+        (dict(channels=18), "cannot be divided"),
+        (dict(head_channels=24), "heads of 24 channels"),
+    ],
+)
+def test_a_configuration_that_cannot_be_built_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **changes)
+
+
+def test_the_papers_size_builds_and_its_parameters_are_counted(capsys):
+    network = UNet(PRESETS["paper-base"], device="meta")
+    count = sum(parameter.numel() for parameter in network.parameters())
+    with capsys.disabled():
+        print(f"\npaper-base: {count:,} parameters")
+    assert 0.6e9 < count < 1.2e9
+
+
+def test_the_papers_size_has_attention_at_32_16_and_8_of_64_pixels():
+    config = PRESETS["paper-base"]
+    assert [64 // 2**level for level, attends in enumerate(config.attention) if attends] == [32, 16, 8]
+
+
+def test_a_configuration_survives_json():
+    import json
+
+    assert UNetConfig(**json.loads(json.dumps(TINY.as_dict()))) == TINY
+
+
+def test_the_demo_network_fits_a_file_of_16_megabytes_in_half_precision():
+    network = UNet(PRESETS["demo-base"], device="meta")
+    assert sum(parameter.numel() for parameter in network.parameters()) * 2 < 16e6
+
+
+def test_every_conditioning_reaches_every_image_of_a_batch():
+    network = tiny_network()
+    x = torch.randn(1, 3, 8, 8).expand(2, -1, -1, -1)
+    out = network(x, torch.zeros(2), random_conditioning(batch=2))
+    assert (out[0] - out[1]).abs().max() > 1e-3

@@ -1,0 +1,38 @@
+"""Tiny networks and conditioning with random weights, for tests that need the real thing in small."""
+
+import dataclasses
+
+import torch
+
+from ediffi_core.conditioning import Conditioning
+from ediffi_core.unet import PRESETS, UNet, UNetConfig
+
+TINY = PRESETS["tiny"]
+
+
+def tiny_network(seed: int = 0, **changes) -> UNet:
+    """Random weights everywhere, the layers that training starts at zero too."""
+    torch.manual_seed(seed)
+    return UNet(dataclasses.replace(TINY, **changes)).eval().requires_grad_(False)
+
+
+def random_conditioning(
+    batch: int = 2, seed: int = 0, config: UNetConfig = TINY, clip_length: int = 77, t5_length: int = 113
+) -> Conditioning:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    clip_used = torch.randint(2, 9, (batch, 1), generator=generator)
+    t5_used = torch.randint(2, 9, (batch, 1), generator=generator)
+    clip_mask, t5_mask = torch.arange(clip_length) < clip_used, torch.arange(t5_length) < t5_used
+    return Conditioning(
+        clip_tokens=randn(batch, clip_length, config.clip_width) * clip_mask[..., None],
+        clip_mask=clip_mask,
+        clip_pooled=randn(batch, config.pooled_width),
+        t5_tokens=randn(batch, t5_length, config.t5_width) * t5_mask[..., None],
+        t5_mask=t5_mask,
+        image=randn(batch, config.image_width),
+        image_mask=torch.ones(batch, dtype=torch.bool),
+    )
