@@ -22,6 +22,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`attend` with the score matrix written out: the backward pass of PyTorch's fused one is slow in bfloat16 on CPUs."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return (scores if bias is None else scores + bias).softmax(-1) @ v
+
+
 class SelfAttention(nn.Module):
     """x + Attention(x, x), as in ADM's U-Net (Dhariwal & Nichol 2021)."""
 

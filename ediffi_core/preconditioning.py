@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .attention import Attend, attend
@@ -44,9 +45,11 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, attend: Attend = attend) -> Tensor:
         """x: (B, C, H, W) noised images; sigma: (B,). Returns denoised images, (B, C, H, W), in the dtype of x.
 
-        The network runs in its own dtype; the sum is taken in float32 at least.
+        The network runs in its own dtype, or in autocast's where that is on; the sum is taken in the dtype of x.
         """
         c_skip, c_out, c_in, c_noise = coefficients(sigma.to(x.dtype)[:, None, None, None], self.sigma_data)
-        scaled = (c_in * x).to(self.network.dtype)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.network.dtype
+        scaled = (c_in * x).to(dtype)
         F_x = self.network(scaled, c_noise.flatten(), conditioning, attend)
         return c_skip * x + c_out * F_x.to(x.dtype)

@@ -66,9 +66,9 @@ class UNetConfig:
 PRESETS = {
     "paper-base": UNetConfig(),
     "demo-base": UNetConfig(
-        channels=64,
-        channel_mult=(1, 2),
-        blocks=(2, 2),
+        channels=128,
+        channel_mult=(1, 1),
+        blocks=(1, 2),
         attention=(True, True),
         head_channels=32,
         context_width=128,
@@ -77,7 +77,6 @@ PRESETS = {
         t5_width=128,
         image_width=128,
         patch=4,
-        norm_groups=16,
     ),
     "tiny": UNetConfig(
         channels=16,

@@ -31,8 +31,13 @@ class Optimizer:
     beta_2: float = 0.999
     warmup: int = 0  # steps from 0 to the full learning rate
     final: float = 1.0  # share of the learning rate that the cosine decay leaves at the last step; 1 keeps it constant
+    precision: str = "float32"  # of the network's products; "bfloat16" is several times faster where hardware has it
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.9999  # decay of the averaged weights
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision is float32 or bfloat16, got {self.precision!r}")
 
 
 @dataclass(frozen=True)

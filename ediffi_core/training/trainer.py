@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..attention import Attend, attend, attend_by_products
 from ..checkpoint import (
     NetworkHeader,
     check_finite,
@@ -42,11 +43,16 @@ class Progress(NamedTuple):
 
 
 def denoising_loss(
-    denoiser: Denoiser, images: Tensor, conditioning: Conditioning, sigma: Tensor, noise: Tensor
+    denoiser: Denoiser,
+    images: Tensor,
+    conditioning: Conditioning,
+    sigma: Tensor,
+    noise: Tensor,
+    attend: Attend = attend,
 ) -> Tensor:
     """E lambda(sigma) |D(image + sigma noise; c, sigma) - image|^2, mean over all pixels (eDiff-I, Sec. 4.1)."""
     level = sigma[:, None, None, None]
-    denoised = denoiser(images + level * noise, sigma, conditioning)
+    denoised = denoiser(images + level * noise, sigma, conditioning, attend)
     return (loss_weight(level, denoiser.sigma_data) * (denoised - images) ** 2).mean()
 
 
@@ -106,7 +112,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * share
 
-        loss = denoising_loss(self.denoiser, images, conditioning, sigma, noise)
+        kind, low = torch.device(self.device).type, settings.precision == "bfloat16"
+        by = attend_by_products if low and kind == "cpu" else attend
+        with torch.autocast(kind, torch.bfloat16, enabled=low):
+            loss = denoising_loss(self.denoiser, images, conditioning, sigma, noise, by)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)

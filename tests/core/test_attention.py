@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ediffi_core.attention import CrossAttention, attend
+from ediffi_core.attention import CrossAttention, attend, attend_by_products
 
 
 def by_the_formula(q, k, v, bias):
@@ -40,3 +40,12 @@ def test_cross_attention_keeps_the_shape_of_the_image(shape):
     block = CrossAttention(16, 12, head_channels=8, norm_groups=4)
     x = torch.randn(2, 16, *shape)
     assert block(x, torch.randn(2, 9, 12), None).shape == x.shape
+
+
+def test_attention_by_products_is_the_same_attention():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, 4, 8, generator=generator)
+    k, v = torch.randn(2, 2, 3, 5, 8, generator=generator)
+    bias = torch.randn(2, 1, 1, 5, generator=generator)
+    for one in (bias, None):
+        torch.testing.assert_close(attend_by_products(q, k, v, one), attend(q, k, v, one), atol=1e-5, rtol=1e-5)

@@ -186,3 +186,12 @@ def test_an_unusable_recipe_is_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_recipe(path)
+
+
+def test_bfloat16_products_give_nearly_the_same_losses(pairs, tmp_path):
+    def losses(precision):
+        whole = dataclasses.replace(recipe(), optimizer=Optimizer(learning_rate=1e-3, precision=precision))
+        return [progress.loss for progress in Trainer(whole, NODE, pairs, tmp_path / precision).train()]
+
+    assert losses("bfloat16") == pytest.approx(losses("float32"), rel=0.02)
+    assert losses("bfloat16") != losses("float32")
