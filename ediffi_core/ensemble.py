@@ -1,4 +1,4 @@
-"""The ensemble: experts and a router, called like one denoiser (eDiff-I, Sec. 3).
+"""The ensemble: experts and a router, called like one denoiser (eDiff-I, Sec. 4).
 
 One expert works at each noise level, so an ensemble costs as many network calls as a single model.
 """

@@ -3,7 +3,7 @@
 Sigma is the standard deviation of the noise; images lie in [-1, 1]. Intervals are half-open, [low, high), so neighbours
 share an edge without overlapping. The paper splits the training distribution of sigma, ln sigma ~ N(-1.2, 1.2^2), into
 a binary tree of intervals of equal probability: at depth d, interval `index` of 2^d, index 0 at the lowest noise
-(eDiff-I, Sec. 3; E^d_index is its expert).
+(eDiff-I, Sec. 4.1; E^d_index is its expert).
 """
 
 import math
@@ -38,7 +38,7 @@ EVERYTHING = NoiseInterval(0.0, math.inf)
 
 @dataclass(frozen=True)
 class NoiseDistribution:
-    """ln sigma ~ N(mean, std^2): how often training meets each noise level (eDiff-I, Sec. 4.1; EDM, Table 1)."""
+    """ln sigma ~ N(mean, std^2): how often training meets each noise level (eDiff-I, Sec. 3; EDM, Table 1)."""
 
     mean: float = -1.2
     std: float = 1.2
@@ -118,7 +118,7 @@ def check_partition(intervals: Sequence[NoiseInterval]) -> None:
 
 
 def paper_split(distribution: NoiseDistribution | None = None) -> tuple[NoiseInterval, ...]:
-    """The base stage's three experts, high to low noise: E^9_511, the middle, E^3_0 (eDiff-I, Sec. 5, config D)."""
+    """The base stage's three experts, high to low noise: E^9_511, the middle, E^3_0 (eDiff-I, Sec. 4.1 and 5.1, config D)."""
     distribution = distribution or NoiseDistribution()
     high, low = distribution.interval(9, 511), distribution.interval(3, 0)
     (middle,) = complement([high, low])

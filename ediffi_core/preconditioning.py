@@ -1,4 +1,4 @@
-"""Preconditioning: turns a network F into a denoiser D (eDiff-I, Sec. 4.1; EDM, Eq. 7 and Table 1)."""
+"""Preconditioning: turns a network F into a denoiser D (eDiff-I, Sec. 3; EDM, Eq. 7 and Table 1)."""
 
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ def coefficients(sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Coefficients:
 
 
 def loss_weight(sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
-    """lambda(sigma) = 1 / c_out^2: every noise level starts with the same weight (eDiff-I, Sec. 4.1)."""
+    """lambda(sigma) = 1 / c_out^2: every noise level starts with the same weight (eDiff-I, Sec. 3)."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 

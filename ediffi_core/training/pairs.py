@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,11 @@ class Pairs:
     starts: dict[str, Tensor]  # per encoder: (n + 1,) where each caption's tokens begin
     clip_pooled: Tensor  # (n, E)
     image: Tensor  # (n, E)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(n,) tokens of each caption, all encoders together."""
+        return sum(starts.diff() for starts in self.starts.values())
 
     def __len__(self) -> int:
         return len(self.pictures)

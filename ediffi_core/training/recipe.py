@@ -23,7 +23,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW (eDiff-I, App. B: learning rate 1e-4, weight decay 0.01, batch 2048)."""
+    """AdamW (eDiff-I, Sec. 5: learning rate 1e-4, weight decay 0.01, batch 2048)."""
 
     learning_rate: float = 1e-4
     weight_decay: float = 0.01

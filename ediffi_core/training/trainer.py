@@ -34,6 +34,8 @@ from ..unet import UNet
 from .pairs import Pairs
 from .recipe import Node, Recipe
 
+POOL = 8  # batches that are drawn together
+
 
 class Progress(NamedTuple):
     step: int  # steps done
@@ -50,7 +52,7 @@ def denoising_loss(
     noise: Tensor,
     attend: Attend = attend,
 ) -> Tensor:
-    """E lambda(sigma) |D(image + sigma noise; c, sigma) - image|^2, mean over all pixels (eDiff-I, Sec. 4.1)."""
+    """E lambda(sigma) |D(image + sigma noise; c, sigma) - image|^2, mean over all pixels (eDiff-I, Sec. 3)."""
     level = sigma[:, None, None, None]
     denoised = denoiser(images + level * noise, sigma, conditioning, attend)
     return (loss_weight(level, denoiser.sigma_data) * (denoised - images) ** 2).mean()
@@ -130,7 +132,11 @@ class Trainer:
     def _draw(self, index: int) -> tuple[Tensor, Conditioning, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self._seed(index))
         batch, rates = self.node.batch, self.recipe.dropout
-        rows = torch.randint(len(self.pairs), (batch,), generator=generator)
+        # of a few batches' worth of pairs, sorted by the length of their captions, one slice: little is padding, and
+        # every pair is as likely as any other
+        drawn = torch.randint(len(self.pairs), (POOL * batch,), generator=generator)
+        slice_of = int(torch.randint(POOL, (), generator=generator))
+        rows = drawn[self.pairs.lengths[drawn].argsort(stable=True)][slice_of * batch : (slice_of + 1) * batch]
         images, conditioning = self.pairs.batch(rows)
         clip, t5, image = (
             torch.rand(batch, generator=generator) < rate for rate in (rates.clip, rates.t5, rates.image)

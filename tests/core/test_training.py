@@ -195,3 +195,18 @@ def test_bfloat16_products_give_nearly_the_same_losses(pairs, tmp_path):
 
     assert losses("bfloat16") == pytest.approx(losses("float32"), rel=0.02)
     assert losses("bfloat16") != losses("float32")
+
+
+def test_a_batch_holds_captions_of_like_length_and_every_pair_is_as_likely(pairs, tmp_path):
+    node = dataclasses.replace(NODE, batch=4)
+    trainer = Trainer(recipe(node), node, pairs, tmp_path)
+    seen, spread = torch.zeros(len(pairs)), []
+    for step in range(400):
+        images, conditioning, _, _ = trainer._draw(step)
+        lengths = conditioning.clip_mask.sum(1) + conditioning.t5_mask.sum(1)
+        spread.append((lengths.max() - lengths.min()).item())
+        for image in images:
+            same = (pairs.pictures[:, 0, 0].float() / 127.5 - 1 - image[:, 0, 0]).abs().sum(1) < 1e-5
+            seen += same / same.sum()
+    assert sum(spread) / len(spread) < 6
+    assert (seen / 400 / 4 - 1 / len(pairs)).abs().max() < 0.02

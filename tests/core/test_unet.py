@@ -1,10 +1,15 @@
 import dataclasses
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import TINY, random_conditioning, tiny_network
 
+import ediffi_core
 from ediffi_core.attention import CrossAttention, SelfAttention
 from ediffi_core.unet import PRESETS, Block, UNet, UNetConfig
 
@@ -123,3 +128,32 @@ def test_every_conditioning_reaches_every_image_of_a_batch():
     x = torch.randn(1, 3, 8, 8).expand(2, -1, -1, -1)
     out = network(x, torch.zeros(2), random_conditioning(batch=2))
     assert (out[0] - out[1]).abs().max() > 1e-3
+
+
+ONE_STEP = """
+import resource, time, torch
+from ediffi_core.guidance import guided
+from ediffi_core.preconditioning import Denoiser
+from ediffi_core.unet import PRESETS, UNet
+from tiny import random_conditioning
+
+config = PRESETS["paper-base"]
+denoise = guided(Denoiser(UNet(config, dtype=torch.bfloat16).eval().requires_grad_(False)), 5.0)
+conditioning = random_conditioning(batch=1, config=config).to(dtype=torch.bfloat16)
+started = time.monotonic()
+denoised = denoise(80 * torch.randn(1, 3, 64, 64), torch.tensor([80.0]), conditioning)
+assert denoised.shape == (1, 3, 64, 64) and denoised.isfinite().all()
+print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="peak memory is read with the resource module")
+def test_one_denoising_step_of_the_papers_size_in_bfloat16_fits_24_gib(capsys):
+    paths = os.pathsep.join([str(Path(ediffi_core.__file__).parents[1]), str(Path(__file__).parents[1] / "support")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    printed = subprocess.run([sys.executable, "-c", ONE_STEP], capture_output=True, text=True, env=environment)
+    assert printed.returncode == 0, printed.stderr
+    seconds, gib = map(float, printed.stdout.split())
+    with capsys.disabled():
+        print(f"\npaper-base, one guided step in bfloat16: {seconds:.1f} s, {gib:.1f} GiB at its peak")
+    assert gib < 24
