@@ -78,9 +78,9 @@ SAMPLERS = {"euler": euler, "heun": heun, "stochastic": stochastic}
 
 
 def seeded_noise(seed: int, batch: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
-    """Unit noise (B, *shape): image i of a batch is what seed + i gives alone."""
-    rows = [
-        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + row))
-        for row in range(batch)
-    ]
+    """Unit noise (B, *shape): image i of a batch is what seed + i gives alone.
+
+    Drawn in float32 on the CPU, as ComfyUI draws it, so the same seed means the same noise in both.
+    """
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + row)) for row in range(batch)]
     return torch.stack(rows).to(dtype)

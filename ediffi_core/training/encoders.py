@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 import time
 import unicodedata
@@ -20,10 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tomllib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from ..encoders import (
     FORMAT_VERSION,

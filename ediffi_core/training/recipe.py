@@ -1,10 +1,14 @@
 """Recipes: one TOML file says everything that decides the weights of an ensemble."""
 
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from ..intervals import EVERYTHING, NoiseDistribution, NoiseInterval, complement
 from ..unet import PRESETS, UNetConfig
