@@ -1,0 +1,95 @@
+"""CONDITIONING: how the paper's embeddings travel through ComfyUI's nodes.
+
+The tensor of a CONDITIONING holds the token layout of the paper, (B, 77 + 113, E) with E the wider of the two encoders:
+CLIP tokens first, then T5, each padded with zeros in width. `pooled_output` is the pooled CLIP text. A token that is all
+zeros is absent (padding, or a dropped embedding), so no mask travels beside the tensor and ComfyUI's own nodes do what
+one expects: averaging keeps the words of both prompts, ConditioningZeroOut gives the null conditioning of the paper
+(eDiff-I, Sec. 4.2), ConditioningConcat puts two token lists behind each other.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ediffi_core.conditioning import CLIP_LENGTH, T5_LENGTH, Conditioning
+from ..ediffi_core.unet import UNetConfig
+
+LENGTH = CLIP_LENGTH + T5_LENGTH
+WORDS = "ediffi_words"  # key of the conditioning dict that holds a `Words`
+
+FOREIGN = (
+    "This CONDITIONING was not made by eDiff-I's encoders: {what}. Encode the prompt with eDiff-I Text Encode or CLIP Text "
+    "Encode, using the CLIP of eDiff-I Load Encoders with the encoders that the ensemble was trained with."
+)
+
+
+@dataclass(frozen=True)
+class Words:
+    """The prompt that a CONDITIONING was made from, without weights' brackets.
+
+    spans: for each encoder, "clip" and "t5", the characters (start, stop) of `text` that the token at each position
+    stands for; (0, 0) for start, end and padding. An encoder that was switched off, or cannot say, is missing.
+    """
+
+    text: str
+    spans: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+
+
+def packed(clip: Tensor, t5: Tensor) -> Tensor:
+    """(B, 77, E_clip) and (B, 113, E_t5) -> (B, 190, max(E_clip, E_t5))."""
+    width = max(clip.shape[-1], t5.shape[-1])
+    return torch.cat([F.pad(tokens, (0, width - tokens.shape[-1])) for tokens in (clip, t5)], dim=1)
+
+
+def unpacked(tokens: Tensor, pooled: Tensor, image: Tensor, image_mask: Tensor, config: UNetConfig) -> Conditioning:
+    """The inverse of `packed`, with masks read from the tokens. `tokens` may be several prompts long, (B, n 190, E)."""
+    parts = tokens.split([CLIP_LENGTH, T5_LENGTH] * (tokens.shape[1] // LENGTH), dim=1)
+    clip = torch.cat(parts[::2], dim=1)[..., : config.clip_width]
+    t5 = torch.cat(parts[1::2], dim=1)[..., : config.t5_width]
+    return Conditioning(
+        clip_tokens=clip,
+        clip_mask=(clip != 0).any(-1),
+        clip_pooled=pooled,
+        t5_tokens=t5,
+        t5_mask=(t5 != 0).any(-1),
+        image=image,
+        image_mask=image_mask,
+    )
+
+
+def check_conditioning(tokens: Tensor | None, pooled: Tensor | None, config: UNetConfig) -> None:
+    """Raise ValueError unless a CONDITIONING has the layout that the network reads."""
+    width = max(config.clip_width, config.t5_width)
+    if tokens is None or tokens.ndim != 3:
+        raise ValueError(FOREIGN.format(what="it holds no tokens"))
+    if tokens.shape[1] == 0 or tokens.shape[1] % LENGTH:
+        raise ValueError(FOREIGN.format(what=f"it holds {tokens.shape[1]} tokens, the network reads {LENGTH}"))
+    if tokens.shape[2] != width:
+        raise ValueError(FOREIGN.format(what=f"its tokens are {tokens.shape[2]} wide, the network reads {width}"))
+    if pooled is None:
+        raise ValueError(FOREIGN.format(what="it has no pooled output"))
+    if pooled.shape[-1] != config.pooled_width:
+        raise ValueError(
+            FOREIGN.format(
+                what=f"its pooled output is {pooled.shape[-1]} wide, the network reads {config.pooled_width}"
+            )
+        )
+
+
+def style(unclip_conditioning, width: int) -> tuple[Tensor, Tensor]:
+    """The CLIP image embedding (1, E_image) of ComfyUI's unCLIPConditioning entries, and its mask (1,).
+
+    All pictures add up, each times the strength of its entry, as in ComfyUI.
+    """
+    total = torch.zeros(1, width)
+    for one in unclip_conditioning or ():
+        embedding = one["clip_vision_output"].image_embeds.float().cpu()
+        if embedding.shape[-1] != width:
+            raise ValueError(
+                f"The style image was encoded to {embedding.shape[-1]} numbers, this ensemble reads {width}. "
+                f"Encode it with the CLIP_VISION of eDiff-I Load Encoders."
+            )
+        total = total + one["strength"] * embedding.sum(0, keepdim=True)
+    return total, (total != 0).any(-1)

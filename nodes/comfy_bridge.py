@@ -1,0 +1,115 @@
+"""The one door to ComfyUI: everything that knows its insides lies behind the names below.
+
+    folders       what models/ediffi, models/ediffi_encoders and demo/ hold
+    conditioning  how embeddings travel in a CONDITIONING
+    model         one network file as a MODEL
+    routing       several MODELs called like one
+    encoders      a folder of encoders as CLIP and CLIP_VISION
+    sampling      ComfyUI's samplers with EDM's schedule and noise for each image
+
+When ComfyUI changes, the files bridge_*.py change and nothing else does.
+"""
+
+import logging
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import torch
+
+from ..ediffi_core.checkpoint import check_experts, read_ensemble, read_header
+from .bridge_conditioning import LENGTH, WORDS, Words, check_conditioning, packed, unpacked
+from .bridge_encoders import is_ours, load_text_encoders, load_vision_encoder
+from .bridge_folders import entries, entry, register_folders
+from .bridge_model import check_images, load_expert, pixel_vae
+from .bridge_routing import Routing, route, routing_of
+from .bridge_sampling import CHURNING, SAMPLERS, SCHEDULERS, sample, sampler_named, schedule
+
+__all__ = [
+    "CHURNING",
+    "LENGTH",
+    "SAMPLERS",
+    "SCHEDULERS",
+    "WORDS",
+    "Routing",
+    "Words",
+    "check_conditioning",
+    "check_images",
+    "empty_image",
+    "encode_text",
+    "entries",
+    "entry",
+    "is_ours",
+    "load_encoders",
+    "load_ensemble",
+    "load_expert",
+    "packed",
+    "pixel_vae",
+    "register_folders",
+    "route",
+    "routing_of",
+    "sample",
+    "sampler_named",
+    "schedule",
+    "unpacked",
+]
+
+logger = logging.getLogger("ediffi")
+
+
+def load_ensemble(folder: str | Path):
+    """The ensemble of a folder as a MODEL. Raises FileNotFoundError or ValueError, in words, before weights are loaded."""
+    description = read_ensemble(folder)
+    check_experts(description, [read_header(path) for path in description.paths])
+    progress = comfy.utils.ProgressBar(len(description.paths))
+    experts = []
+    for interval, path in zip(description.intervals, description.paths, strict=True):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        experts.append((interval, load_expert(path)))
+        progress.update(1)
+    return route(experts)
+
+
+def load_encoders(folder: str | Path, embedding_directory=None):
+    """The encoders of a folder as CLIP and CLIP_VISION."""
+    clip = load_text_encoders(folder, {"embedding_directory": embedding_directory})
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    return clip, load_vision_encoder(folder)
+
+
+def encode_text(clip: comfy.sd.CLIP, text: str, use_t5: bool = True, use_clip: bool = True):
+    """(CONDITIONING that remembers its words, sentences about what was cut off).
+
+    A switched-off encoder leaves no trace, as in the paper's ablation (eDiff-I, Sec. 5.2). Raises ValueError where a CLIP
+    that is not ours is asked to leave an encoder out.
+    """
+    if not is_ours(clip):
+        if not (use_t5 and use_clip):
+            raise ValueError(
+                "use_t5 and use_clip switch the two encoders of eDiff-I Load Encoders, but this CLIP comes from another "
+                "loader, whose encoders cannot be taken apart. Set both to true, or connect the CLIP of eDiff-I Load "
+                "Encoders."
+            )
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={WORDS: Words(text)}), ()
+
+    tokens, empty = clip.tokenize(text), clip.tokenize("")
+    spans, cut = dict(tokens.words.spans), dict(tokens.cut)
+    for key, name, used in (("l", "clip", use_clip), ("t5xxl", "t5", use_t5)):
+        if not used:
+            tokens[key] = empty[key]
+            spans.pop(name, None)
+            cut.pop(name, None)
+    tokens.words = Words(tokens.words.text, spans)
+    for sentence in cut.values():
+        logger.warning(sentence)
+    return clip.encode_from_tokens_scheduled(tokens, add_dict={WORDS: tokens.words}), tuple(cut.values())
+
+
+def empty_image(width: int, height: int, batch_size: int) -> dict:
+    """A LATENT of black-and-white's middle, 0, for `batch_size` images in pixel space."""
+    samples = torch.zeros(
+        batch_size, 3, height, width,
+        device=comfy.model_management.intermediate_device(), dtype=comfy.model_management.intermediate_dtype(),
+    )  # fmt: skip
+    return {"samples": samples, "downscale_ratio_spacial": 1}

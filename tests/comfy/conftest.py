@@ -1,0 +1,126 @@
+"""Tests inside ComfyUI, on the CPU: in this process, and against a real server (server.py).
+
+ComfyUI is found by COMFYUI_DIR, at ~/comfy/ComfyUI, or above the custom_nodes folder that the pack lies in; without it
+every test here is skipped. Test files import nothing of ComfyUI or of the pack at their top: the fixtures `comfy_folder`
+and `pack` do, after choosing the CPU and a folder of models of their own.
+"""
+
+import asyncio
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SPLIT = ((2.0, None), (0.3, 2.0), (0.0, 0.3))  # the experts of the test ensembles: high, middle and low noise
+
+
+def comfy_candidates():
+    if os.environ.get("COMFYUI_DIR"):  # and no other: dev.py names a folder that is not there to do without
+        yield Path(os.environ["COMFYUI_DIR"])
+        return
+    yield Path.home() / "comfy" / "ComfyUI"
+    if ROOT.parent.name == "custom_nodes":
+        yield ROOT.parents[1]
+
+
+@pytest.fixture(scope="session")
+def comfy_folder():
+    """The folder of ComfyUI; skips where there is none."""
+    for folder in comfy_candidates():
+        if (folder / "comfy" / "cli_args.py").is_file():
+            return folder
+    tried = ", ".join(map(str, comfy_candidates()))
+    pytest.skip(f"No ComfyUI at {tried}. Set COMFYUI_DIR to its folder to run the tests inside it.")
+
+
+@pytest.fixture(scope="session")
+def pack(comfy_folder, tmp_path_factory):
+    """The pack, loaded by ComfyUI's own loader: .nodes (id -> class), .bridge, .core("unet") and .models (a folder)."""
+    base = tmp_path_factory.mktemp("comfy")
+    sys.path.insert(0, str(comfy_folder))
+    from comfy.cli_args import args
+
+    args.cpu = True  # before any other ComfyUI import: model_management chooses a device when imported
+    args.base_directory = str(base)
+    import nodes
+
+    assert Path(nodes.__file__).parent == comfy_folder.resolve(), "The pack's folder `nodes` hides ComfyUI's module."
+    assert asyncio.run(nodes.load_custom_node(str(ROOT))), "ComfyUI could not load the pack."
+    name = str(ROOT).replace(".", "_x_")
+    return SimpleNamespace(
+        nodes={node_id: cls for node_id, cls in nodes.NODE_CLASS_MAPPINGS.items() if node_id.startswith("EDiffI_")},
+        stock=nodes.NODE_CLASS_MAPPINGS,
+        bridge=importlib.import_module(f"{name}.nodes.comfy_bridge"),
+        core=lambda module: importlib.import_module(f"{name}.ediffi_core.{module}"),
+        module=lambda module: importlib.import_module(f"{name}.nodes.{module}"),
+        models=base / "models",
+    )
+
+
+def random_network(pack, seed):
+    """A tiny network whose every layer does something, tame enough that rounding does not grow along a trajectory."""
+    unet = pack.core("unet")
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        network = unet.UNet(unet.PRESETS["tiny"])
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        network.conv_out.weight *= 0.2
+    return network.eval().requires_grad_(False)
+
+
+def write_ensemble(pack, folder, seeds, split=SPLIT):
+    """An ensemble of tiny random networks, one for each seed, as a folder of files."""
+    checkpoint, intervals = pack.core("checkpoint"), pack.core("intervals")
+    folder.mkdir(parents=True)
+    experts = []
+    for i, (seed, (low, high)) in enumerate(zip(seeds, split, strict=True)):
+        interval = intervals.NoiseInterval(low, float("inf") if high is None else high)
+        header = checkpoint.NetworkHeader(pack.core("unet").PRESETS["tiny"], interval)
+        checkpoint.save_network(folder / f"expert{i}.safetensors", random_network(pack, seed).state_dict(), header)
+        experts.append((f"expert{i}.safetensors", interval))
+    checkpoint.write_ensemble(folder, experts)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ensembles(pack):
+    """Folders in models/ediffi: three different experts, three equal ones, and one that works everywhere."""
+    root = pack.models / "ediffi"
+    return SimpleNamespace(
+        different=write_ensemble(pack, root / "different", (1, 2, 3)),
+        equal=write_ensemble(pack, root / "equal", (1, 1, 1)),
+        single=write_ensemble(pack, root / "single", (1,), ((0.0, None),)),
+    )
+
+
+@pytest.fixture(scope="session")
+def model(pack, ensembles):
+    """The MODEL of the ensemble of three different experts."""
+    return pack.bridge.load_ensemble(ensembles.different)
+
+
+def random_conditioning(pack, seed, clip=5, t5=7):
+    """A CONDITIONING of the layout that the tiny networks read, with so many tokens of each encoder."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.zeros(1, 77, 12), torch.zeros(1, 113, 14)
+    for tensor, used in zip(tokens, (clip, t5), strict=True):
+        tensor[:, :used] = torch.randn(1, used, tensor.shape[2], generator=generator)
+    return [[pack.bridge.packed(*tokens), {"pooled_output": torch.randn(1, 10, generator=generator)}]]
+
+
+@pytest.fixture(scope="session")
+def positive(pack):
+    return random_conditioning(pack, 1)
+
+
+@pytest.fixture(scope="session")
+def negative(pack):
+    """Nothing is known: the paper's unconditional branch."""
+    return [[torch.zeros(1, 190, 14), {"pooled_output": torch.zeros(1, 10)}]]

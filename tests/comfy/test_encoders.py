@@ -1,0 +1,279 @@
+"""The encoders inside ComfyUI give what transformers and open_clip give, and prompts become conditionings."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from .random_encoders import write_encoders
+
+PROMPTS = ["a red fox on the grass", "a striped, circle", "zebra", "a cat and a hat " * 40]
+
+
+@pytest.fixture(scope="module")
+def folder(pack):
+    """Random encoders of the widths that the tiny networks read."""
+    return write_encoders(pack.models / "ediffi_encoders" / "random")
+
+
+@pytest.fixture(scope="module")
+def loaded(pack, folder):
+    return pack.nodes["EDiffI_LoadEncoders"].execute("random").args
+
+
+@pytest.fixture
+def clip(loaded):
+    return loaded[0]
+
+
+def reference(pack, folder):
+    pytest.importorskip("open_clip")
+    return pack.core("encoders").load_encoders(folder)
+
+
+def split(tokens):
+    return tokens[:, :77, :12], tokens[:, 77:, :14]
+
+
+def check_text(pack, clip, reference, prompts):
+    """ComfyUI's encoding of each prompt against the core's."""
+    for prompt in prompts:
+        ((tokens, values),) = pack.stock["CLIPTextEncode"]().encode(clip, prompt)[0]
+        expected = reference.encode_text([prompt])
+        width = max(expected.clip_tokens.shape[2], expected.t5_tokens.shape[2])
+        assert tokens.shape == (1, 190, width)
+        config = pack.core("unet").PRESETS["tiny"]
+        from dataclasses import replace
+
+        config = replace(config, clip_width=expected.clip_tokens.shape[2], t5_width=expected.t5_tokens.shape[2])
+        image, absent = torch.zeros(1, config.image_width), torch.zeros(1, dtype=torch.bool)
+        ours = pack.bridge.unpacked(tokens, values["pooled_output"], image, absent, config)
+        for name in ("clip_tokens", "t5_tokens", "clip_pooled"):
+            torch.testing.assert_close(getattr(ours, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+        assert torch.equal(ours.clip_mask, expected.clip_mask)
+        assert torch.equal(ours.t5_mask, expected.t5_mask)
+
+
+def test_text_is_encoded_as_transformers_and_open_clip_do(pack, folder, clip):
+    check_text(pack, clip, reference(pack, folder), PROMPTS)
+
+
+def test_quick_gelu_is_respected(pack, tmp_path):
+    folder = write_encoders(tmp_path / "quick", seed=1, quick_gelu=True)
+    clip, vision = pack.bridge.load_encoders(folder)
+    core = reference(pack, folder)
+    check_text(pack, clip, core, PROMPTS[:2])
+    check_images(vision, core, 32)
+
+
+def test_images_are_encoded_as_open_clip_does(pack, folder, loaded):
+    core = reference(pack, folder)
+    check_images(loaded[1], core, 32)
+    check_images(loaded[1], core, 48)
+
+
+def check_images(vision, reference, side):
+    images = torch.rand(2, side, side + 8, 3, generator=torch.Generator().manual_seed(1))
+    embeddings = vision.encode_image(images)["image_embeds"]
+    expected = reference.encode_image(images.movedim(-1, 1) * 2 - 1)
+    torch.testing.assert_close(embeddings, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_demo_encoders_too(pack):
+    folder = pack.module("bridge_folders").DEMO / "encoders" / "shapeworld"
+    if not (folder / "clip" / "open_clip_model.safetensors").is_file():
+        pytest.skip("The demo encoders are not there.")
+    clip, vision = pack.bridge.load_encoders(folder)
+    core = reference(pack, folder)
+    prompts = ["two red circles on a striped background", "a big Blue SQUARE, left of it a cross.", "x" * 300]
+    check_text(pack, clip, core, prompts)
+    check_images(vision, core, 64)
+
+
+def test_an_empty_prompt_is_no_prompt(pack, clip):
+    """The paper's unconditional branch drops the embeddings; so do both encoding nodes."""
+    for text in ("", "  \n"):
+        stock = pack.stock["CLIPTextEncode"]().encode(clip, text)[0]
+        ours = pack.nodes["EDiffI_TextEncode"].execute(clip, text, True, True).args[0]
+        for ((tokens, values),) in (stock, ours):
+            assert not tokens.any()
+            assert not values["pooled_output"].any()
+
+
+@pytest.mark.parametrize(("use_t5", "use_clip"), [(True, False), (False, True), (False, False)])
+def test_an_encoder_that_is_switched_off_leaves_no_trace(pack, clip, use_t5, use_clip):
+    node = pack.nodes["EDiffI_TextEncode"]
+    ((both, both_values),) = node.execute(clip, "a red fox", True, True).args[0]
+    ((tokens, values),) = node.execute(clip, "a red fox", use_t5, use_clip).args[0]
+    for part, full, used in zip(split(tokens), split(both), (use_clip, use_t5), strict=True):
+        assert torch.equal(part, full if used else torch.zeros_like(full))
+    pooled = both_values["pooled_output"]
+    assert torch.equal(values["pooled_output"], pooled if use_clip else torch.zeros_like(pooled))
+    assert set(values["ediffi_words"].spans) == {n for n, used in (("t5", use_t5), ("clip", use_clip)) if used}
+
+
+def test_a_conditioning_remembers_which_words_its_tokens_stand_for(pack, clip):
+    for encode in (
+        lambda text: pack.nodes["EDiffI_TextEncode"].execute(clip, text, True, True).args[0],
+        lambda text: pack.stock["CLIPTextEncode"]().encode(clip, text)[0],
+    ):
+        assert encode("a \\(cat\\) on (grass:0.8)")[0][1]["ediffi_words"].text == "a (cat) on grass"
+        ((tokens, values),) = encode("a (red:1.4) fox on (the grass) and a cat")
+        words = values["ediffi_words"]
+        assert words.text == "a red fox on the grass and a cat"
+        for part, spans in zip(split(tokens), (words.spans["clip"], words.spans["t5"]), strict=True):
+            assert len(spans) == part.shape[1]
+            read = [words.text[start:stop].strip().lower() for start, stop in spans]
+            assert "red" in read
+            assert "".join(read) == words.text.replace(" ", "")
+            used = max(i for i, span in enumerate(spans) if span != (0, 0))
+            assert part[0, used].any()
+            assert part[0, used + 1].any(), "the end token"
+            assert not part[0, used + 2 :].any()
+
+
+def test_weights_change_the_weighted_words(pack, clip):
+    node = pack.nodes["EDiffI_TextEncode"]
+    plain, weighted = (node.execute(clip, text, True, True).args[0][0][0] for text in ("a red fox", "a (red:1.5) fox"))
+    changed = (plain != weighted).any(-1)[0].nonzero().flatten().tolist()
+    # CLIP: start, a, red, fox in the pieces of the small vocabulary; T5: a, red, fox
+    words = node.execute(clip, "a (red:1.5) fox", True, True).args[0][0][1]["ediffi_words"]
+    red = [i for i, span in enumerate(words.spans["clip"]) if words.text[slice(*span)].strip() == "red"]
+    red += [77 + i for i, span in enumerate(words.spans["t5"]) if words.text[slice(*span)].strip() == "red"]
+    assert changed == red
+
+
+def test_ten_thousand_words_are_cut_with_a_warning(pack, clip, caplog):
+    prompt = "a red fox on the grass " * 1666 + "hat under"
+    with caplog.at_level(logging.WARNING, "ediffi"):
+        output = pack.nodes["EDiffI_TextEncode"].execute(clip, prompt, True, True)
+    ((tokens, values),) = output.args[0]
+    assert tokens.shape == (1, 190, 14)
+    assert torch.isfinite(tokens).all()
+    assert len(output.ui["text"]) == 2
+    assert output.ui["text"][0].startswith("CLIP does not read the last ")
+    assert "T5 does not read the last 9886 tokens of the prompt, from 'the grass a red fox" in output.ui["text"][1]
+    assert output.ui["text"][1] in caplog.text
+    assert values["ediffi_words"].text == prompt
+
+    only_t5 = pack.nodes["EDiffI_TextEncode"].execute(clip, prompt, True, False)
+    assert [sentence.split()[0] for sentence in only_t5.ui["text"]] == ["T5"]
+    assert pack.nodes["EDiffI_TextEncode"].execute(clip, "a fox", True, True).ui is None
+
+
+def test_prompts_sample_an_image(pack, loaded, model):
+    clip, vision = loaded
+    node = pack.nodes["EDiffI_TextEncode"]
+    positive, negative = (node.execute(clip, text, True, True).args[0] for text in ("a red fox", ""))
+    output = pack.stock["CLIPVisionEncode"]().encode(vision, torch.rand(1, 40, 40, 3), "center")[0]
+    (styled,) = pack.stock["unCLIPConditioning"]().apply_adm(positive, output, 1.0, 0.0)
+    latent = pack.nodes["EDiffI_EmptyImage"].execute(16, 16, 1).args[0]
+    images = [
+        pack.stock["KSampler"]().sample(model, 1, 3, 3.0, "heun", "karras", cond, negative, latent)[0]["samples"]
+        for cond in (positive, styled, node.execute(clip, "a green cat", True, True).args[0])
+    ]
+    assert not torch.allclose(images[0], images[1])
+    assert not torch.allclose(images[0], images[2])
+
+
+class ForeignCLIP:
+    """A CLIP of another loader."""
+
+    cond_stage_model = object()
+
+    def tokenize(self, text):
+        return {"g": [[(1, 1.0)]]}
+
+    def encode_from_tokens_scheduled(self, tokens, add_dict):
+        return [[torch.ones(1, 77, 8), {"pooled_output": torch.ones(1, 8)} | add_dict]]
+
+
+def test_clips_of_other_loaders_encode_as_they_do(pack):
+    node = pack.nodes["EDiffI_TextEncode"]
+    ((tokens, values),) = node.execute(ForeignCLIP(), "a fox", True, True).args[0]
+    assert tokens.shape == (1, 77, 8)
+    assert values["ediffi_words"].text == "a fox"
+    with pytest.raises(ValueError, match="use_t5 and use_clip switch the two encoders of eDiff-I Load Encoders"):
+        node.execute(ForeignCLIP(), "a fox", False, True)
+
+
+def test_a_lora_finds_the_text_encoders(clip):
+    import comfy.lora
+
+    keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj" in keys
+    assert any("t5xxl" in str(target) for target in keys.values())
+
+
+def test_comfyui_can_ask_for_fresh_copies(loaded):
+    for patcher in (loaded[0].patcher, loaded[1].patcher):
+        copy = patcher.clone(force_deepcopy=True)
+        assert copy.model is not patcher.model
+        state = copy.model.state_dict()
+        assert all(torch.equal(state[name], weight) for name, weight in patcher.model.state_dict().items())
+
+
+def test_openais_vocabulary_needs_no_file(pack, folder):
+    backend = pack.module("bridge_encoders").clip_backend(folder / "t5")  # a folder without merges
+    import comfy.sd1_clip
+
+    stock = comfy.sd1_clip.SDTokenizer().tokenizer
+    for text in ("A photograph of an astronaut riding a horse.", "Ünïcode 123 'tis, isn't; cats' $5"):
+        assert backend.encode(text, add_special_tokens=False).ids == stock(text)["input_ids"][1:-1]
+
+
+@pytest.fixture
+def broken(tmp_path):
+    return write_encoders(tmp_path / "broken")
+
+
+def test_a_truncated_encoder_is_named(pack, broken):
+    for name in ("clip/open_clip_model.safetensors", "t5/model.safetensors"):
+        file = broken / name
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(ValueError, match=f"{name} is not a complete safetensors file"):
+            pack.bridge.load_encoders(broken)
+        write_encoders(broken.parent / name.split("/")[0])
+        file.write_bytes((broken.parent / name.split("/")[0] / name).read_bytes())
+
+
+def test_weights_of_another_size_are_named(pack, broken):
+    config = json.loads((broken / "t5" / "config.json").read_text())
+    (broken / "t5" / "config.json").write_text(json.dumps(config | {"d_ff": 21}))
+    with pytest.raises(ValueError, match="encoders in broken hold weights that do not fit the configuration"):
+        pack.bridge.load_encoders(broken)
+
+
+def test_a_missing_weight_is_named(pack, broken):
+    from safetensors.torch import load_file, save_file
+
+    file = broken / "clip" / "open_clip_model.safetensors"
+    weights = load_file(file)
+    del weights["ln_final.bias"]
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"do not fit the configuration.*text_model.final_layer_norm.bias is missing"):
+        pack.bridge.load_encoders(broken)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("t5/config.json", {"feed_forward_proj": "gated-silu"}, "feed_forward_proj = 'silu'.*gelu or relu"),
+        ("t5/config.json", {"relative_attention_num_buckets": 64}, "relative_attention_num_buckets = 64"),
+        ("clip/open_clip_config.json", {"hf_model_name": "roberta"}, "text encoder sets hf_model_name = 'roberta'"),
+    ],
+)
+def test_architectures_that_comfyui_lacks_are_named(pack, broken, file, change, message):
+    config = json.loads((broken / file).read_text())
+    (config["model_cfg"]["text_cfg"] if "clip" in file else config).update(change)
+    (broken / file).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        pack.bridge.load_encoders(broken)
+
+
+def test_only_listed_encoders_are_loaded(pack, folder):
+    with pytest.raises(
+        ValueError, match=r"no folder of encoders named '\.\./random'.*'random'.*models/ediffi_encoders/"
+    ):
+        pack.nodes["EDiffI_LoadEncoders"].execute("../random")

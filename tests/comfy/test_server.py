@@ -1,0 +1,94 @@
+"""Prompts on a real server: pictures, previews, errors on the canvas, interruption."""
+
+import pytest
+
+from .conftest import ROOT
+from .random_encoders import write_encoders
+
+
+@pytest.fixture(scope="session")
+def server(comfy_folder, pack, ensembles):
+    pytest.importorskip("aiohttp")
+    from .server import Server
+
+    write_encoders(pack.models / "ediffi_encoders" / "small")
+    server = Server(comfy_folder, pack.models.parent, ROOT)
+    yield server
+    server.close()
+
+
+def prompt(ensemble="different", width=16, seed=1, text="a red fox", **sampler):
+    """The first workflow: load, encode, sample, decode, save."""
+    widgets = dict(
+        steps=6, cfg=3.0, sampler_name="heun", scheduler="edm", denoise=1.0, sigma_min=0.002, sigma_max=80.0, rho=7.0,
+        s_churn=0.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.003,
+    ) | sampler  # fmt: skip
+    nodes = {
+        "1": ("EDiffI_LoadEnsemble", {"ensemble": ensemble}),
+        "2": ("EDiffI_LoadEncoders", {"encoders": "small"}),
+        "3": ("EDiffI_TextEncode", {"clip": ["2", 0], "text": text, "use_t5": True, "use_clip": True}),
+        "4": ("CLIPTextEncode", {"clip": ["2", 0], "text": ""}),
+        "5": ("EDiffI_EmptyImage", {"width": width, "height": 16, "batch_size": 2}),
+        "6": ("EDiffI_KSampler", {"model": ["1", 0], "seed": seed, "positive": ["3", 0], "negative": ["4", 0],
+                                  "latent_image": ["5", 0], **widgets}),
+        "7": ("VAEDecode", {"samples": ["6", 0], "vae": ["1", 1]}),
+        "8": ("SaveImage", {"images": ["7", 0], "filename_prefix": "test"}),
+    }  # fmt: skip
+    return {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}
+
+
+def test_a_prompt_becomes_pictures(server):
+    result = server.run(prompt())
+    assert result.status == "success", result.error
+    assert len(result.outputs["8"]["images"]) == 2
+    for image in result.outputs["8"]["images"]:
+        file = server.base / "output" / image["subfolder"] / image["filename"]
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_progress_and_previews_arrive(server):
+    result = server.run(prompt(seed=2, steps=30))
+    assert result.progress[-1] == 30
+    assert result.previews > 0
+
+
+def test_an_interrupted_prompt_leaves_the_server_working(server):
+    # at the start, in the first expert, and late, in the last
+    for seed, step in ((3, 10), (4, 350)):
+        stopped = server.run(prompt(seed=seed, steps=500, sampler_name="euler"), interrupt_at=step)
+        assert stopped.status == "interrupted"
+        assert max(stopped.progress) < 500
+        after = server.run(prompt(seed=seed))
+        assert after.status == "success", after.error
+        server.post("/free", {"unload_models": True, "free_memory": True})
+
+
+def test_a_long_prompt_is_reported_on_the_node(server):
+    result = server.run(prompt(text="a fox " * 5000))
+    assert result.status == "success", result.error
+    assert any("T5 does not read the last" in sentence for sentence in result.outputs["3"]["text"])
+
+
+def test_errors_are_sentences_on_the_canvas(server):
+    result = server.run(prompt(ensemble="different", sigma_max=90.0))
+    assert result.status == "error"
+    assert "sigma_max 90 lies above the highest noise of this MODEL, 80" in result.error
+
+
+def test_an_unknown_ensemble_is_refused_with_the_list_of_those_that_exist(server):
+    result = server.run(prompt(ensemble="../different"))
+    assert result.status == "refused"
+    assert "../different" in result.error
+    assert "equal" in result.error
+
+
+def test_every_node_has_its_help_page_on_the_server(server):
+    info = server.get("/object_info")
+    ours = [node for node in info if node.startswith("EDiffI_")]
+    assert len(ours) >= 5
+    for node in ours:
+        assert len(server.get(f"/extensions/ComfyUI-eDiff-I/docs/{node}.md")) > 100
+
+
+def test_the_model_folders_are_listed(server):
+    assert {"ediffi", "ediffi_encoders"} <= set(server.get("/models"))
