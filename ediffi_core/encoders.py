@@ -221,10 +221,10 @@ def load_t5_tokenizer(folder: Path):
 
 def load_clip_tokenizer(folder: Path):
     """From the folder's merges or, for models with OpenAI's vocabulary, from the ones in open_clip."""
-    import open_clip.tokenizer
-
     file = folder / MERGES_FILE
     if not file.is_file():
+        import open_clip.tokenizer
+
         file = Path(open_clip.tokenizer.default_bpe())
     lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")
     most = 49152 - 256 - 2  # OpenAI's file lists more merges than CLIP uses
