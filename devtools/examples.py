@@ -47,7 +47,7 @@ TEXT_TO_IMAGE = {
         (860, 40),
         (400, 200),
         "Prompt",
-        {"text": "a large red circle on the left and a small blue star on the right, on a white background"},
+        {"text": "a large red circle on a white background"},
         {"clip": ("encoders", 0)},
     ),
     "negative": (
@@ -67,8 +67,8 @@ TEXT_TO_IMAGE = {
         {
             "seed": 1,
             "control_after_generate": "fixed",
-            "steps": 25,
-            "cfg": 4.0,
+            "steps": 12,
+            "cfg": 5.0,
             "sampler_name": "heun",
             "scheduler": "edm",
         },

@@ -1,0 +1,72 @@
+"""Every example workflow, opened on the real canvas in a browser, compared and run."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from devtools.comfyui import Server, find_comfyui
+from devtools.environment import SetupError
+from devtools.frontend import Frontend, browser_path
+from devtools.workflow import to_api
+
+ROOT = Path(__file__).parents[2]
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+
+pytest.importorskip("playwright", reason="playwright is not installed")
+if browser_path() is None:
+    pytest.skip("there is no Chromium on this machine", allow_module_level=True)
+try:
+    COMFYUI = find_comfyui(ROOT, Path.home(), os.environ)
+except SetupError as error:
+    pytest.skip(str(error), allow_module_level=True)
+if COMFYUI is None:
+    pytest.skip("there is no ComfyUI on this machine; set COMFYUI_DIR to yours", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    with Server(COMFYUI, Path(sys.executable), ROOT, base, accelerated=False) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["classic", "nodes 2.0"])
+def frontend(server, request):
+    with Frontend(server.address, nodes_2=request.param) as page:
+        yield page
+
+
+def test_there_are_example_workflows():
+    assert WORKFLOWS
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_opens_without_red_nodes_and_means_what_dev_py_sends(frontend, server, path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    frontend.load(workflow)
+    assert frontend.missing_nodes() == []
+    assert frontend.faults == []
+
+    def inputs(prompt):
+        return {key: (node["class_type"], node["inputs"]) for key, node in prompt.items()}
+
+    assert inputs(frontend.prompt()) == inputs(to_api(workflow, server.get("/object_info")))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_runs_when_run_is_pressed(frontend, server, path):
+    frontend.load(json.loads(path.read_text(encoding="utf-8")))
+    outputs = frontend.run()
+    images = [image for output in outputs.values() for image in output.get("images", [])]
+    assert images
+    assert all(server.picture(image).startswith(b"\x89PNG") for image in images)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_is_among_the_templates_with_its_picture(server, path):
+    templates = server.get("/api/workflow_templates")
+    assert any(path.stem in names for names in templates.values())
+    assert path.with_suffix(".jpg").read_bytes().startswith(b"\xff\xd8")
