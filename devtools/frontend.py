@@ -76,8 +76,8 @@ class Frontend:
                     bounds[0] = Math.min(bounds[0], x); bounds[1] = Math.min(bounds[1], y);
                     bounds[2] = Math.max(bounds[2], x + w); bounds[3] = Math.max(bounds[3], y + h);
                 }
-                const canvas = window.app.canvas, [left, top, margin] = [70, 60, 30];
-                const width = window.innerWidth - left - margin, height = window.innerHeight - top - 90;
+                const canvas = window.app.canvas, [left, top, margin] = [70, 110, 40];
+                const width = window.innerWidth - left - margin, height = window.innerHeight - top - 60;
                 const scale = Math.min(width / (bounds[2] - bounds[0]), height / (bounds[3] - bounds[1]), 1);
                 canvas.ds.scale = scale;
                 canvas.ds.offset = [left / scale - bounds[0] + 10, top / scale - bounds[1] + 20];

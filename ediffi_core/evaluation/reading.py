@@ -46,7 +46,7 @@ def interval_95(right: int, total: int) -> tuple[float, float]:
     z, p = 1.96, right / total
     middle = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def summary(pictures: list[Picture]) -> dict[str, dict[str, dict[str, float]]]:
@@ -66,12 +66,13 @@ def summary(pictures: list[Picture]) -> dict[str, dict[str, dict[str, float]]]:
     return {
         group: {
             name: {
-                "share": right / total if total else math.nan,
+                "share": right / total,
                 "right": right,
                 "total": total,
                 "interval_95": interval_95(right, total),
             }
             for name, (right, total) in rows.items()
+            if total
         }
         for group, rows in sorted(counts.items())
     }

@@ -36,4 +36,5 @@ def test_unseen_captions_are_the_same_every_time():
 @pytest.mark.parametrize(("right", "total"), [(0, 10), (5, 10), (10, 10), (299, 300)])
 def test_the_interval_holds_the_share_and_stays_between_0_and_1(right, total):
     low, high = interval_95(right, total)
-    assert -1e-9 <= low <= right / total <= high <= 1 + 1e-9
+    assert 0 <= low <= right / total + 1e-9
+    assert right / total - 1e-9 <= high <= 1
