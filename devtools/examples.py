@@ -65,7 +65,7 @@ TEXT_TO_IMAGE = {
         (340, 560),
         None,
         {
-            "seed": 1,
+            "seed": 10,
             "control_after_generate": "fixed",
             "steps": 12,
             "cfg": 5.0,
