@@ -26,7 +26,7 @@ TEXT_TO_IMAGE = {
             "text": "## A prompt becomes a picture\n\n"
             "Three expert denoisers share the noise levels: one paints the layout from pure noise, one the shapes, "
             "one the last details. They are loaded as one MODEL.\n\n"
-            "This small family comes with the pack and runs on any CPU. It knows Shapeworld: **circle, square, "
+            "This small family comes with the pack and runs on any CPU. It is still learning Shapeworld; colours and backgrounds hold, shapes and places not yet: **circle, square, "
             "triangle, star, cross, heart** in **red, orange, yellow, green, cyan, blue, purple, pink**, small or "
             "large, at nine places, on a white, gray, black or beige background, flat, striped, dotted, hatched, "
             "outlined or grainy.\n\nPress Run, then try other words."
