@@ -81,22 +81,6 @@ class Conditioning:
         everything = torch.ones_like(self.image_mask)
         return self.drop(**{name: everything for name in EMBEDDINGS if name not in kept})
 
-    def trimmed(self) -> "Conditioning":
-        """The same requests without the trailing tokens that no row uses; hidden tokens change no result."""
-        clip, t5 = _used(self.clip_mask), _used(self.t5_mask)
-        return replace(
-            self,
-            clip_tokens=self.clip_tokens[:, :clip],
-            clip_mask=self.clip_mask[:, :clip],
-            t5_tokens=self.t5_tokens[:, :t5],
-            t5_mask=self.t5_mask[:, :t5],
-        )
-
-
-def _used(mask: Tensor) -> int:
-    used = mask.any(0).nonzero()
-    return int(used.max()) + 1 if len(used) else 0
-
 
 def null_conditioning(conditioning: Conditioning) -> Conditioning:
     """Nothing is known: all three embeddings dropped. The unconditional branch of guidance (eDiff-I, Sec. 4.2)."""

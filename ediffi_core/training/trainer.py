@@ -71,8 +71,9 @@ class Trainer:
     def __init__(self, recipe: Recipe, node: Node, pairs: Pairs, folder: str | Path, device: str = "cpu") -> None:
         self.recipe, self.node, self.pairs, self.device = recipe, node, pairs, device
         self.folder = Path(folder)
-        torch.manual_seed(self._seed(-1))  # initial weights; forked below
-        self.network = UNet(recipe.network).initialise().to(device, memory_format=torch.channels_last)
+        with torch.random.fork_rng():  # layers draw their first weights from the global generator; leave it as it was
+            torch.manual_seed(self._seed(-1))
+            self.network = UNet(recipe.network).initialise().to(device, memory_format=torch.channels_last)
         self.step = 0
         if node.parent is not None:
             self.network.load_state_dict(_float(read_weights(self.folder / f"{node.parent}.safetensors")))

@@ -45,13 +45,6 @@ def test_an_unknown_embedding_is_named(conditioning):
         conditioning.only("t6")
 
 
-def test_trimming_unused_tokens_changes_nothing(conditioning):
-    network = tiny_network()
-    trimmed = conditioning.trimmed()
-    assert trimmed.clip_tokens.shape[1] < 10
-    torch.testing.assert_close(network(X, C_NOISE, trimmed), network(X, C_NOISE, conditioning), atol=1e-5, rtol=1e-5)
-
-
 def test_joined_requests_come_apart_again(conditioning):
     both = joined([conditioning, null_conditioning(conditioning)])
     assert len(both) == 4
