@@ -7,6 +7,7 @@ one expects: averaging keeps the words of both prompts, ConditioningZeroOut give
 (eDiff-I, Sec. 4.2), ConditioningConcat puts two token lists behind each other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ediffi_core.conditioning import CLIP_LENGTH, T5_LENGTH, Conditioning
+from ..ediffi_core.intervals import NoiseInterval
 from ..ediffi_core.unet import UNetConfig
 
 LENGTH = CLIP_LENGTH + T5_LENGTH
 WORDS = "ediffi_words"  # key of the conditioning dict that holds a `Words`
+EXPERT = "ediffi_expert"  # key of the conditioning dict that holds (index, number of experts)
 
 FOREIGN = (
     "This CONDITIONING was not made by eDiff-I's encoders: {what}. Encode the prompt with eDiff-I Text Encode or CLIP Text "
@@ -93,3 +96,52 @@ def style(unclip_conditioning, width: int) -> tuple[Tensor, Tensor]:
             )
         total = total + one["strength"] * embedding.sum(0, keepdim=True)
     return total, (total != 0).any(-1)
+
+
+class Addressed:
+    """Stands among a conditioning's values and refuses every call that did not come through an ensemble."""
+
+    def process_cond(self, *_, **__):
+        raise ValueError(
+            "This CONDITIONING holds one prompt for each expert of an ensemble, but the MODEL that samples is no ensemble. "
+            "Connect the MODEL of eDiff-I Expert Ensemble or eDiff-I Load Ensemble, or leave out eDiff-I Expert "
+            "Conditioning."
+        )
+
+    def can_concat(self, other) -> bool:
+        return False
+
+
+def for_experts(conditionings: Sequence[list]) -> list:
+    """One CONDITIONING from one for each expert, listed from high to low noise. Each entry says whose it is."""
+    return [
+        [
+            tokens,
+            values
+            | {
+                EXPERT: (index, len(conditionings)),
+                "model_conds": values.get("model_conds", {}) | {EXPERT: Addressed()},
+            },
+        ]
+        for index, conditioning in enumerate(conditionings)
+        for tokens, values in conditioning
+    ]
+
+
+def of_expert(conds: Sequence[dict], index: int, intervals: Sequence[NoiseInterval]) -> list[dict]:
+    """The conds that expert `index` shall use, as ComfyUI carries them in a run: its own, and those of no one.
+
+    Raises ValueError where they were made for another number of experts.
+    """
+    mine = []
+    for cond in conds:
+        owner, experts = cond.get(EXPERT, (index, len(intervals)))
+        if experts != len(intervals):
+            raise ValueError(
+                f"eDiff-I Expert Conditioning holds prompts for {experts} experts, but this ensemble has {len(intervals)}: "
+                f"sigma in {', '.join(map(str, intervals))}. Connect one conditioning for each, from high to low noise."
+            )
+        if owner == index:
+            model_conds = {key: value for key, value in cond["model_conds"].items() if key != EXPERT}
+            mine.append(cond | {"model_conds": model_conds})
+    return mine

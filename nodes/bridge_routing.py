@@ -1,12 +1,14 @@
 """Routing: several MODELs called like one, the expert chosen by the sigma of each call, inside one sampler run.
 
 The first MODEL, the primary, gives ComfyUI its schedule, latent format and progress. Two wrappers on a clone of it do the
-rest: one spans the run and cleans up, the other stands around every prediction, hands it to the expert that owns its
-sigma, and goes on. An expert is prepared when its first call comes, and loaded again on every switch, so that only what
-is needed is on the device and two experts may share one set of weights. What other nodes and the sampler added to the
-primary since the routing was made goes along to every expert.
+rest: one spans the run, lets it begin with the expert that the schedule begins with, and cleans up; the other stands
+around every prediction, hands it to the expert that owns its sigma, and goes on. An expert is prepared when its first
+call comes, and loaded again on every switch, so that only what is needed is on the device and two experts may share one
+set of weights. What other nodes and the sampler added to the primary since the routing was made goes along to every
+expert.
 """
 
+import contextlib
 import logging
 import math
 import uuid
@@ -24,18 +26,28 @@ import torch
 
 from ..ediffi_core.intervals import NoiseInterval
 from ..ediffi_core.router import ExpertRouter
+from .bridge_conditioning import of_expert
+from .bridge_prefetch import Prefetch
 
 Patcher = comfy.model_patcher.ModelPatcher
+Kind = comfy.patcher_extension.WrappersMP
 KEY = "ediffi_routing"  # of the wrappers, and of the attachment that holds the Routing
 # options of a run that belong to one model alone; a compiled module would replace the expert's own network
 PRIVATE = {"multigpu_clones", "multigpu_thread_pool", "ignore_multigpu", "registered_hooks", "to_load_options"}
-PRIVATE_WRAPPERS = {KEY, "torch.compile"}
+COMPILED = "torch.compile"
+PRIVATE_WRAPPERS = {KEY, COMPILED}
+SPANNING = (Kind.OUTER_SAMPLE, Kind.SAMPLER_SAMPLE)  # wrappers of a whole run
 OUTER_SAMPLE = ("noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback", "disable_pbar", "seed")
 
 
-def route(experts: Sequence[tuple[NoiseInterval, Patcher]]) -> Patcher:
+def route(
+    experts: Sequence[tuple[NoiseInterval, Patcher]],
+    names: Sequence[str] | None = None,
+    cfgs: Sequence[float | None] | None = None,
+) -> Patcher:
     """One MODEL from experts listed from high noise to low noise. One expert is that expert.
 
+    names: how pictures and messages call them; cfgs: the guidance of each, None for the sampler's.
     Raises ValueError for intervals with a gap or an overlap, and for MODELs that cannot share a sampler run.
     """
     intervals = [interval for interval, _ in experts]
@@ -44,10 +56,11 @@ def route(experts: Sequence[tuple[NoiseInterval, Patcher]]) -> Patcher:
     primary = experts[0][1].clone()
     if len(experts) == 1:
         return primary
-    routing = Routing(router, [patcher for _, patcher in experts])
-    wrappers = comfy.patcher_extension.WrappersMP
-    primary.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, routing.outer_sample)
-    primary.add_wrapper_with_key(wrappers.PREDICT_NOISE, KEY, routing.predict_noise)
+    routing = Routing(router, [patcher for _, patcher in experts], names, cfgs)
+    for wrappers in (primary.wrappers, primary.model_options["transformer_options"].get("wrappers", {})):
+        wrappers.pop(Kind.PREDICT_NOISE, None)  # the expert's own stand around its own calls only
+    primary.add_wrapper_with_key(Kind.OUTER_SAMPLE, KEY, routing.outer_sample)
+    primary.add_wrapper_with_key(Kind.PREDICT_NOISE, KEY, routing.predict_noise)
     primary.set_attachments(KEY, routing)
     return primary
 
@@ -59,6 +72,17 @@ def routing_of(model: Patcher) -> "Routing | None":
 
 def check_compatible(experts: Sequence[tuple[NoiseInterval, Patcher]]) -> None:
     """Raise ValueError unless the MODELs share sampling, sigma_data, sigma range and latent format."""
+    for interval, patcher in experts:
+        if routing_of(patcher) is not None:
+            raise ValueError(
+                f"The expert for sigma in {interval} is an ensemble itself. Connect its experts to one ensemble, side by side."
+            )
+        spanning = [key for kind in SPANNING for key in _own_wrappers(patcher, kind)]
+        if spanning:
+            raise ValueError(
+                f"The expert for sigma in {interval} carries a patch that spans a whole sampler run ({', '.join(spanning)}), "
+                f"and an expert has only its part of one. Apply that patch to the MODEL that the ensemble gives."
+            )
     descriptions = [_description(patcher) for _, patcher in experts]
     for (interval, _), description in zip(experts, descriptions, strict=True):
         for trait, value in description.items():
@@ -74,20 +98,36 @@ def _description(patcher: Patcher) -> dict[str, object]:
     sampling = patcher.get_model_object("model_sampling")
     # ComfyUI builds the class for each model anew, from a schedule and a prediction
     kinds = [kind.__name__ for kind in type(sampling).__mro__ if kind.__module__ == "comfy.model_sampling"]
-    return {
+    description = {
         "model sampling": " + ".join(kinds) or type(sampling).__name__,
         "sigma_data": float(getattr(sampling, "sigma_data", 1.0)),
         "sigma_min": float(sampling.sigma_min),
         "sigma_max": float(sampling.sigma_max),
         "latent format": type(patcher.get_model_object("latent_format")).__name__,
     }
+    if hasattr(sampling, "shift"):  # of a flow model: moves its lowest level, and says nothing about the network
+        del description["sigma_min"]
+    return description
+
+
+def _own_wrappers(patcher: Patcher, kind: str) -> list[str]:
+    found = [patcher.wrappers, patcher.model_options["transformer_options"].get("wrappers", {})]
+    return [str(key) for wrappers in found for key, functions in wrappers.get(kind, {}).items() if functions]
 
 
 class Routing:
     """The experts of a routed MODEL, shared by all its clones; the state of each sampler run is a `Run`."""
 
-    def __init__(self, router: ExpertRouter, experts: Sequence[Patcher]) -> None:
+    def __init__(
+        self,
+        router: ExpertRouter,
+        experts: Sequence[Patcher],
+        names: Sequence[str] | None = None,
+        cfgs: Sequence[float | None] | None = None,
+    ) -> None:
         self.router = router
+        self.names = tuple(names or [f"expert {number}" for number in range(1, len(router) + 1)])
+        self.cfgs = tuple(cfgs or [None] * len(router))  # None: as the sampler says
         self.experts = tuple(experts)  # as they were joined; the first is also what the primary was before other nodes
         # sigmas arrive in float32; an edge must be the same number
         self._rounded = ExpertRouter([NoiseInterval(_float32(i.low), _float32(i.high)) for i in router.intervals])
@@ -109,10 +149,16 @@ class Routing:
             for name, value in primary.object_patches.items()
             if before.object_patches.get(name) is not value and not name.startswith("diffusion_model")
         }
-        if not weights and not objects:
+        compiled = [
+            wrapper
+            for wrapper in primary.get_wrappers(Kind.APPLY_MODEL, COMPILED)
+            if wrapper not in before.get_wrappers(Kind.APPLY_MODEL, COMPILED)
+        ]
+        if not (weights or objects or compiled):
             return self.experts[index]
 
-        state = (primary.patches_uuid, tuple(sorted((name, id(value)) for name, value in objects.items())))
+        objects_state = tuple(sorted((name, id(value)) for name, value in objects.items()))
+        state = (primary.patches_uuid, objects_state, tuple(compiled))
         known, patcher = self._patched.get(index, (None, None))
         if known != state:
             patcher = self.experts[index].clone()
@@ -122,6 +168,10 @@ class Routing:
             patcher.patches_uuid = uuid.uuid4()
             for name, value in objects.items():
                 patcher.add_object_patch(name, value)
+            if compiled:
+                from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+                set_torch_compile_wrapper(patcher, **primary.model_options["torch_compile_kwargs"])
             self._patched[index] = (state, patcher)
         return patcher
 
@@ -131,20 +181,27 @@ class Routing:
         call = dict(zip(OUTER_SAMPLE, args, strict=False)) | kwargs
         run = self._runs[guider] = Run(self, guider, call)
         try:
+            run.begin()
             return executor(*args, **kwargs)
         finally:
             del self._runs[guider]
             run.close()
 
-    def predict_noise(self, executor, x, timestep, model_options=None, *args, **kwargs):
+    def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
         """Around every prediction: the expert that owns sigma takes the primary's place in the guider."""
-        options = {} if model_options is None else model_options
-        run = self._runs.get(executor.class_obj)
+        guider, options = executor.class_obj, {} if model_options is None else model_options
+        run = self._runs.get(guider)
         if run is None:
-            return executor(x, timestep, options, *args, **kwargs)
-        options = run.switch(self.expert_of(float(timestep.flatten()[0])), options)
+            return executor(x, timestep, options, seed)
+        index = self.expert_of(float(timestep.flatten()[0]))
+        options = run.switch(index, options)
         device = run.device  # experts may live on different ones
-        return executor(x.to(device), timestep.to(device), options, *args, **kwargs).to(x.device)
+        own = comfy.patcher_extension.get_all_wrappers(Kind.PREDICT_NOISE, run.own_options)
+        call = comfy.patcher_extension.WrapperExecutor.new_class_executor(executor, guider, own)
+        with run.guidance(self.cfgs[index]):
+            result = call.execute(x.to(device), timestep.to(device), options, seed)
+        run.prefetch()
+        return result.to(x.device)
 
 
 class Run:
@@ -154,22 +211,36 @@ class Run:
         self.routing = routing
         self.guider = guider
         self.call = call
-        self.active = 0
-        self.primary_conds = guider.conds
+        self.primary, self.primary_conds = guider.model_patcher, guider.conds
+        self.plan = [routing.expert_of(float(sigma)) for sigma in call["sigmas"][:-1]] or [0]
+        self.first = self.plan[0]
+        self.active: int | None = None  # before the first prediction
         self.prepared: dict[int, Prepared] = {}
         self.baseline = _with_wrappers(routing.experts[0])
+        self.prefetched: Prefetch | None = None
+
+    def begin(self) -> None:
+        """Let the guider prepare the expert of the first step, instead of a primary that may have no step at all."""
+        expert = self.prepared[self.first] = self._expert(self.first)
+        self.guider.model_patcher, self.guider.conds = expert.patcher, expert.conds
 
     def switch(self, index: int, options: dict) -> dict:
         """Make expert `index` the guider's model; returns the options to call it with."""
         guider = self.guider
-        if not self.prepared:  # the first call: the guider has prepared the primary itself
-            self.prepared[0] = Prepared(guider.model_patcher, guider.inner_model, guider.conds, guider.model_options)
+        if self.active is None:  # the guider has prepared the first expert
+            first = self.prepared[self.first]
+            first.inner_model, first.conds = guider.inner_model, guider.conds
+            first.inner_model.current_patcher = first.patcher
+            self.active = self.first
         if index != self.active:
             comfy.model_management.throw_exception_if_processing_interrupted()
+            if self.prefetched is not None:
+                self.prefetched.wait()
+                self.prefetched = None
             if index in self.prepared:
                 self.prepared[index].load(self.call["noise"].shape)
             else:
-                self.prepared[index] = self._prepare(index)
+                self._prepare(index)
             self.active = index
             logging.debug("eDiff-I: expert %s now denoises, sigma in %s", index, self.routing.router.intervals[index])
         expert = self.prepared[index]
@@ -182,45 +253,91 @@ class Run:
     def device(self):
         return self.prepared[self.active].patcher.load_device
 
-    def _prepare(self, index: int) -> "Prepared":
-        """What CFGGuider does for its own model before the first step, for another one."""
-        guider, call = self.guider, self.call
-        conds = {name: [cond.copy() for cond in conds] for name, conds in guider.original_conds.items()}
+    @property
+    def own_options(self) -> dict:
+        """The transformer options that the active expert brought itself."""
+        options = self.baseline if self.active == 0 else self.prepared[self.active].options
+        return options["transformer_options"]
+
+    @contextlib.contextmanager
+    def guidance(self, cfg: float | None):
+        """The guider's cfg, replaced for a prediction."""
+        guider = self.guider
+        if cfg is None:
+            yield
+            return
+        if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise or "negative" not in guider.conds:
+            raise ValueError(
+                f"The expert for sigma in {self.routing.router.intervals[self.active]} has a cfg of its own, {cfg:g}, but the "
+                f"guider of this run ({type(guider).__name__}) does not guide by one cfg between positive and negative. "
+                f"Use CFGGuider or a KSampler, or set the cfg of the experts back to -1."
+            )
+        saved, guider.cfg = guider.cfg, cfg
+        try:
+            yield
+        finally:
+            guider.cfg = saved
+
+    def prefetch(self) -> None:
+        """While an expert works, start to load the one that the schedule needs after it, if there is room for both."""
+        if self.prefetched is not None or self.active not in self.plan:
+            return
+        after = self.plan[len(self.plan) - self.plan[::-1].index(self.active) :]
+        if not after or after[0] in self.prepared:
+            return
+        active, patcher = self.prepared[self.active], self.routing.patched(after[0], self.primary)
+        required, _ = comfy.sampler_helpers.estimate_memory(active.patcher, self.call["noise"].shape, active.conds)
+        self.prefetched = Prefetch(patcher, active.patcher, required)
+
+    def _expert(self, index: int) -> "Prepared":
+        """Expert `index` with options and conditioning of its own, before anything is loaded."""
+        guider = self.guider
+        if index == 0:  # the guider has registered its hooks
+            return Prepared(self.primary, self.primary.model, self._conds(self.primary_conds, 0), guider.model_options)
+        conds = self._conds(guider.original_conds, index)
         comfy.samplers.preprocess_conds_hooks(conds)
-        patcher = self.routing.patched(index, guider.model_patcher)
-        if patcher.is_dynamic() and not guider.model_patcher.is_dynamic():
+        patcher = self.routing.patched(index, self.primary)
+        if patcher.is_dynamic() and not self.primary.is_dynamic():
             patcher = patcher.get_non_dynamic_delegate()  # the guider did so too: conditionings with hooks ask for it
 
         options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
-        prepared = Prepared(patcher, patcher.model, conds, options)
-        self.prepared[index] = prepared  # known to `close` from here on
+        expert = Prepared(patcher, patcher.model, conds, options)
         if comfy.samplers.get_total_hook_groups_in_conds(conds) <= 1:
             patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
         comfy.sampler_helpers.prepare_model_patcher(patcher, conds, options)
         comfy.samplers.filter_registered_hooks_on_conds(conds, options)
+        return expert
 
-        noise, latent, device = call["noise"], call["latent_image"], patcher.load_device
-        prepared.load(noise.shape)
-        comfy.samplers.cast_to_load_options(options, device=device, dtype=patcher.model_dtype())
-        patcher.pre_run()
-        prepared.inner_model.latent_shapes = call.get("latent_shapes")
+    def _conds(self, conds: dict, index: int) -> dict:
+        intervals = self.routing.router.intervals
+        return {name: [cond.copy() for cond in of_expert(entries, index, intervals)] for name, entries in conds.items()}
+
+    def _prepare(self, index: int) -> None:
+        """What CFGGuider does for its own model before the first step, for another one."""
+        call = self.call
+        expert = self.prepared[index] = self._expert(index)  # known to `close` from here on
+        noise, latent, device = call["noise"], call["latent_image"], expert.patcher.load_device
+        expert.load(noise.shape)
+        comfy.samplers.cast_to_load_options(expert.options, device=device, dtype=expert.patcher.model_dtype())
+        expert.patcher.pre_run()
+        expert.inner_model.latent_shapes = call.get("latent_shapes")
 
         noise = noise.to(device=device, dtype=torch.float32)
         latent = latent.to(device=device, dtype=torch.float32)
         if torch.count_nonzero(latent) > 0:
-            latent = prepared.inner_model.process_latent_in(latent)
-        prepared.conds = comfy.samplers.process_conds(
-            prepared.inner_model, noise, conds, device, latent, call.get("denoise_mask"), call.get("seed"),
+            latent = expert.inner_model.process_latent_in(latent)
+        expert.conds = comfy.samplers.process_conds(
+            expert.inner_model, noise, expert.conds, device, latent, call.get("denoise_mask"), call.get("seed"),
             latent_shapes=call.get("latent_shapes"),
         )  # fmt: skip
-        return prepared
 
     def close(self) -> None:
-        """After the run, finished or not. The guider cleans its own model up."""
-        comfy.sampler_helpers.cleanup_models(self.primary_conds, [])
+        """After the run, finished or not. The guider cleans up what it prepared: the first expert and the primary."""
+        if self.prefetched is not None:
+            self.prefetched.wait()
+        self.guider.model_patcher = self.primary
         for index, expert in self.prepared.items():
-            if index > 0:
-                expert.close()
+            expert.close(cleaned=index == self.first, is_primary=index == 0)
         self.prepared.clear()
 
 
@@ -242,12 +359,15 @@ class Prepared:
         )
         self.inner_model.current_patcher = self.patcher  # experts may share the weights
 
-    def close(self) -> None:
-        comfy.samplers.cast_to_load_options(self.options, device=self.patcher.offload_device)
-        self.patcher.cleanup()
+    def close(self, cleaned: bool, is_primary: bool) -> None:
+        """cleaned: the guider has called the patcher's cleanup. The guider also restores the primary's options and hooks."""
+        if not cleaned:
+            self.patcher.cleanup()
         comfy.sampler_helpers.cleanup_models(self.conds, self.additional)
-        self.patcher.hook_mode = self.hook_mode
-        self.patcher.restore_hook_patches()
+        if not is_primary:
+            comfy.samplers.cast_to_load_options(self.options, device=self.patcher.offload_device)
+            self.patcher.hook_mode = self.hook_mode
+            self.patcher.restore_hook_patches()
 
 
 def overlaid(own: dict, baseline: dict, given: dict) -> dict:
