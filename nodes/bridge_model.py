@@ -21,6 +21,7 @@ from ..ediffi_core.checkpoint import NetworkHeader, check_finite, read_header
 from ..ediffi_core.schedule import SIGMA_MAX, SIGMA_MIN
 from ..ediffi_core.unet import UNet, UNetConfig
 from .bridge_conditioning import check_conditioning, style, unpacked
+from .bridge_painting import make_obey
 
 Patcher = comfy.model_patcher.ModelPatcher
 
@@ -153,6 +154,7 @@ def load_expert(path: str | Path, model_options: dict | None = None, disable_dyn
     kind = Patcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher  # main.py exchanges the latter
     patcher = kind(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights(weights, assign=patcher.is_dynamic())
+    make_obey(patcher)  # painted regions need no node of their own on our networks
     # how ComfyUI gets a fresh copy for hooks, other devices and training
     patcher.cached_patcher_init = (load_expert, (str(path), options))
     return patcher

@@ -33,7 +33,8 @@ Patcher = comfy.model_patcher.ModelPatcher
 Kind = comfy.patcher_extension.WrappersMP
 KEY = "ediffi_routing"  # of the wrappers, and of the attachment that holds the Routing
 # options of a run that belong to one model alone; a compiled module would replace the expert's own network
-PRIVATE = {"multigpu_clones", "multigpu_thread_pool", "ignore_multigpu", "registered_hooks", "to_load_options"}
+MULTIGPU = {"multigpu_clones", "multigpu_thread_pool"}
+PRIVATE = MULTIGPU | {"ignore_multigpu", "registered_hooks", "to_load_options"}
 COMPILED = "torch.compile"
 PRIVATE_WRAPPERS = {KEY, COMPILED}
 SPANNING = (Kind.OUTER_SAMPLE, Kind.SAMPLER_SAMPLE)  # wrappers of a whole run
@@ -223,6 +224,9 @@ class Run:
         """Let the guider prepare the expert of the first step, instead of a primary that may have no step at all."""
         expert = self.prepared[self.first] = self._expert(self.first)
         self.guider.model_patcher, self.guider.conds = expert.patcher, expert.conds
+        if self.first != 0:  # the guider does it for its own options
+            device, dtype = expert.patcher.load_device, expert.patcher.model_dtype()
+            comfy.samplers.cast_to_load_options(expert.options, device=device, dtype=dtype)
 
     def switch(self, index: int, options: dict) -> dict:
         """Make expert `index` the guider's model; returns the options to call it with."""
@@ -246,7 +250,7 @@ class Run:
         expert = self.prepared[index]
         guider.inner_model, guider.conds = expert.inner_model, expert.conds
         if index == 0:
-            return options
+            return options if self.first == 0 else {k: v for k, v in options.items() if k not in MULTIGPU}
         return overlaid(expert.options, self.baseline, options)
 
     @property

@@ -106,12 +106,21 @@ def sampler_named(name: str, s_churn: float, s_tmin: float, s_tmax: float, s_noi
     return comfy.samplers.KSAMPLER(churned(plain.sampler_function, s_churn, s_tmin, s_tmax, s_noise))
 
 
+def edm_sampler(solver: str, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> comfy.samplers.Sampler:
+    """EDM's stochastic sampler (EDM, Algorithm 2), as a SAMPLER; with s_churn 0 it is Algorithm 1."""
+    step = comfy.samplers.sampler_object(solver).sampler_function
+    return comfy.samplers.KSAMPLER(churned(step, s_churn, s_tmin, s_tmax, s_noise))
+
+
 def churned(step: Callable, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> Callable:
     """A one-step sampler with fresh noise before each step inside [s_tmin, s_tmax] (EDM, Algorithm 2)."""
 
     def sample_churned(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
         steps = len(sigmas) - 1
-        draw = noise_sampler or k_sampling.default_noise_sampler(x, seed=(extra_args or {}).get("seed"))
+        draw = noise_sampler
+        if draw is None:  # image i of a batch takes what seed + i gives alone
+            seed = (extra_args or {}).get("seed") or 0
+            draw = RowNoise([(seed + row) % SEEDS for row in range(x.shape[0])], x.shape, x.device)
         for i in range(steps):
             sigma = sigma_hat = sigmas[i]
             gamma = min(s_churn / steps, math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0

@@ -4,6 +4,8 @@
     conditioning  how embeddings travel in a CONDITIONING
     model         one network file as a MODEL
     routing       several MODELs called like one
+    prefetch      the next of them, loaded ahead
+    timeline      which expert denoises what, for pictures and the canvas
     encoders      a folder of encoders as CLIP and CLIP_VISION
     sampling      ComfyUI's samplers with EDM's schedule and noise for each image
 
@@ -19,28 +21,36 @@ import comfy.utils
 import torch
 
 from ..ediffi_core.checkpoint import check_experts, read_ensemble, read_header
-from .bridge_conditioning import LENGTH, WORDS, Words, check_conditioning, packed, unpacked
+from .bridge_conditioning import LENGTH, WORDS, Words, check_conditioning, for_experts, packed, unpacked
 from .bridge_encoders import is_ours, load_text_encoders, load_vision_encoder
 from .bridge_folders import entries, entry, register_folders
 from .bridge_model import check_images, load_expert, pixel_vae
 from .bridge_routing import Routing, route, routing_of
-from .bridge_sampling import CHURNING, SAMPLERS, SCHEDULERS, sample, sampler_named, schedule
+from .bridge_sampling import CHURNING, SAMPLERS, SCHEDULERS, edm_sampler, sample, sampler_named, schedule
+from .bridge_timeline import UNITS, announce, draw, is_flow, join, shown, timeline
 
 __all__ = [
     "CHURNING",
     "LENGTH",
     "SAMPLERS",
     "SCHEDULERS",
+    "UNITS",
     "WORDS",
     "Routing",
     "Words",
+    "announce",
     "check_conditioning",
     "check_images",
+    "draw",
+    "edm_sampler",
     "empty_image",
     "encode_text",
     "entries",
     "entry",
+    "for_experts",
+    "is_flow",
     "is_ours",
+    "join",
     "load_encoders",
     "load_ensemble",
     "load_expert",
@@ -52,6 +62,8 @@ __all__ = [
     "sample",
     "sampler_named",
     "schedule",
+    "shown",
+    "timeline",
     "unpacked",
 ]
 
@@ -63,12 +75,12 @@ def load_ensemble(folder: str | Path):
     description = read_ensemble(folder)
     check_experts(description, [read_header(path) for path in description.paths])
     progress = comfy.utils.ProgressBar(len(description.paths))
-    experts = []
+    experts, names = [], [path.stem for path in description.paths]
     for interval, path in zip(description.intervals, description.paths, strict=True):
         comfy.model_management.throw_exception_if_processing_interrupted()
         experts.append((interval, load_expert(path)))
         progress.update(1)
-    return route(experts)
+    return route(experts, names)
 
 
 def load_encoders(folder: str | Path, embedding_directory=None):

@@ -5,6 +5,46 @@ from comfy_api.latest import io
 from . import comfy_bridge as bridge
 
 
+def churn_inputs(s_churn: float, limits: str = "", advanced: bool = False) -> list[io.Input]:
+    """EDM's noise during sampling (EDM, Algorithm 2); the other defaults are EDM's for ImageNet at 64 pixels."""
+    shared = dict(min=0.0, round=False, advanced=advanced or None)
+    return [
+        io.Float.Input(
+            "s_churn",
+            default=s_churn,
+            max=1000.0,
+            step=0.1,
+            tooltip="Fresh noise before each step, which corrects errors of earlier steps and may blur. 0 adds none. "
+            + limits,
+            **shared,
+        ),
+        io.Float.Input(
+            "s_tmin",
+            default=0.05,
+            max=10000.0,
+            step=0.01,
+            tooltip="Churn only at noise levels from here on. Needs s_churn above 0.",
+            **shared,
+        ),
+        io.Float.Input(
+            "s_tmax",
+            default=50.0,
+            max=10000.0,
+            step=0.1,
+            tooltip="Churn only at noise levels up to here. Needs s_churn above 0.",
+            **shared,
+        ),
+        io.Float.Input(
+            "s_noise",
+            default=1.003,
+            max=10.0,
+            step=0.001,
+            tooltip="Strength of the churned noise; slightly above 1 keeps detail. Needs s_churn above 0.",
+            **shared,
+        ),
+    ]
+
+
 class EmptyImage(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -132,47 +172,7 @@ class KSampler(io.ComfyNode):
                     advanced=True,
                     tooltip="Larger spends more of the steps at low noise, on detail. Only for the scheduler edm.",
                 ),
-                io.Float.Input(
-                    "s_churn",
-                    default=0.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.1,
-                    round=False,
-                    advanced=True,
-                    tooltip="Fresh noise before each step, which corrects errors of earlier steps and may blur. 0 adds none. "
-                    f"Only for {stochastic}; other samplers ignore it.",
-                ),
-                io.Float.Input(
-                    "s_tmin",
-                    default=0.05,
-                    min=0.0,
-                    max=10000.0,
-                    step=0.01,
-                    round=False,
-                    advanced=True,
-                    tooltip="Churn only at noise levels from here on. Needs s_churn above 0.",
-                ),
-                io.Float.Input(
-                    "s_tmax",
-                    default=50.0,
-                    min=0.0,
-                    max=10000.0,
-                    step=0.1,
-                    round=False,
-                    advanced=True,
-                    tooltip="Churn only at noise levels up to here. Needs s_churn above 0.",
-                ),
-                io.Float.Input(
-                    "s_noise",
-                    default=1.003,
-                    min=0.0,
-                    max=10.0,
-                    step=0.001,
-                    round=False,
-                    advanced=True,
-                    tooltip="Strength of the churned noise; slightly above 1 keeps detail. Needs s_churn above 0.",
-                ),
+                *churn_inputs(0.0, f" Only for {stochastic}; other samplers ignore it.", advanced=True),
             ],
             outputs=[io.Latent.Output("latent", tooltip="The sampled images, for VAE Decode.")],
         )
@@ -184,7 +184,37 @@ class KSampler(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         sigmas = bridge.schedule(model, scheduler, sampler_name, steps, denoise, sigma_min, sigma_max, rho)
         sampler = bridge.sampler_named(sampler_name, s_churn, s_tmin, s_tmax, s_noise)
-        return io.NodeOutput(bridge.sample(model, seed, cfg, sampler, sigmas, positive, negative, latent_image))
+        timeline = bridge.timeline(model, sigmas)
+        bridge.announce(timeline)
+        latent = bridge.sample(model, seed, cfg, sampler, sigmas, positive, negative, latent_image)
+        return io.NodeOutput(latent, ui=bridge.shown(timeline))
 
 
-NODES = [EmptyImage, KSampler]
+class EDMSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="EDiffI_EDMSampler",
+            display_name="eDiff-I EDM Sampler",
+            category="eDiff-I/sampling",
+            description="EDM's stochastic sampler for SamplerCustom and SamplerCustomAdvanced: a little fresh noise, then one "
+            "step of the solver. Image i of a batch adds what seed + i gives alone.",
+            search_aliases=["edm sampler", "churn", "heun", "karras stochastic", "algorithm 2"],
+            inputs=[
+                io.Combo.Input(
+                    "solver",
+                    options=list(bridge.CHURNING),
+                    default="heun",
+                    tooltip="heun is EDM's and eDiff-I's: second order, two calls of the model a step. euler takes one.",
+                ),
+                *churn_inputs(40.0),
+            ],
+            outputs=[io.Sampler.Output("sampler", tooltip="For SamplerCustom or SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, solver, s_churn, s_tmin, s_tmax, s_noise) -> io.NodeOutput:
+        return io.NodeOutput(bridge.edm_sampler(solver, s_churn, s_tmin, s_tmax, s_noise))
+
+
+NODES = [EmptyImage, KSampler, EDMSampler]

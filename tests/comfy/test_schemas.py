@@ -25,7 +25,11 @@ def test_every_node_explains_itself(pack):
         assert schema.description.endswith("."), node_id
         assert schema.search_aliases, node_id
         for given in schema.inputs:
-            assert given.tooltip, f"{node_id} {given.id}"
+            nested = [
+                inner for option in getattr(given, "options", None) or () for inner in getattr(option, "inputs", ())
+            ]
+            for one in (given, *nested):
+                assert one.tooltip, f"{node_id} {one.id}"
         page = (ROOT / "web" / "docs" / f"{node_id}.md").read_text()
         assert page.startswith(f"# {schema.display_name}\n"), node_id
         assert "## See also" in page, node_id

@@ -92,3 +92,49 @@ def test_every_node_has_its_help_page_on_the_server(server):
 
 def test_the_model_folders_are_listed(server):
     assert {"ediffi", "ediffi_encoders"} <= set(server.get("/models"))
+
+
+def test_models_are_joined_with_prompts_of_their_own(server):
+    """The dynamic inputs, as the canvas sends them; and what the canvas shows."""
+    graph = prompt(seed=4)
+    graph |= {
+        "9": {"class_type": "EDiffI_LoadEnsemble", "inputs": {"ensemble": "single"}},
+        "10": {
+            "class_type": "EDiffI_ExpertEnsemble",
+            "inputs": {
+                "unit": "sigma", "experts": "2", "experts.expert_1": ["9", 0], "experts.boundary_1": 1.5,
+                "experts.expert_2": ["9", 0], "experts.cfg_1": 2.0, "experts.cfg_2": -1.0, "preset": "own boundaries",
+            },
+        },
+        "11": {
+            "class_type": "EDiffI_ExpertConditioning",
+            "inputs": {"conditionings.expert_1": ["3", 0], "conditionings.expert_2": ["4", 0]},
+        },
+        "12": {"class_type": "BasicScheduler",
+               "inputs": {"model": ["10", 0], "scheduler": "karras", "steps": 6, "denoise": 1.0}},
+        "13": {"class_type": "EDiffI_EnsembleTimeline",
+               "inputs": {"model": ["10", 0], "sigmas": ["12", 0], "width": 512, "height": 256}},
+        "14": {"class_type": "PreviewImage", "inputs": {"images": ["13", 0]}},
+    }  # fmt: skip
+    graph["6"]["inputs"] |= {"model": ["10", 0], "positive": ["11", 0]}
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    assert len(result.outputs["8"]["images"]) == 2
+    assert len(result.outputs["14"]["images"]) == 1
+    (joined,) = result.outputs["10"]["ediffi_timeline"]
+    assert [(expert["low"], expert["cfg"]) for expert in joined["experts"]] == [(1.5, 2.0), (0.0, None)]
+    (sampled,) = result.outputs["6"]["ediffi_timeline"]
+    assert sampled["plan"] == [0, 0, 1, 1, 1, 1]
+
+
+def test_a_missing_expert_is_an_error_before_anything_runs(server):
+    graph = prompt(seed=4)
+    graph["10"] = {
+        "class_type": "EDiffI_ExpertEnsemble",
+        "inputs": {"unit": "sigma", "experts": "2", "experts.expert_1": ["1", 0], "experts.boundary_1": 1.5,
+                   "experts.cfg_1": 2.0, "experts.cfg_2": -1.0, "preset": "own boundaries"},
+    }  # fmt: skip
+    graph["6"]["inputs"]["model"] = ["10", 0]
+    result = server.run(graph)
+    assert result.status != "success"
+    assert "experts.expert_2" in result.error

@@ -15,19 +15,21 @@ def description(node) -> dict:
     """Ids, sockets, order and defaults of a node, without words that may be improved."""
     schema = node.GET_SCHEMA()
     return {
-        "inputs": [
-            " ".join(
-                [
-                    given.id,
-                    given.io_type,
-                    *([] if getattr(given, "default", None) is None else [f"= {given.default}"]),
-                    *(["optional"] if given.optional else []),
-                ]
-            )
-            for given in schema.inputs
-        ],
+        "inputs": [line for given in schema.inputs for line in lines(given)],
         "outputs": [output.io_type for output in schema.outputs],
     }
+
+
+def lines(given, prefix=""):
+    """One for an input, and one for each that it may bring along."""
+    default = getattr(given, "default", None)
+    line = [prefix + given.id, given.io_type, *([] if default is None else [f"= {default}"])]
+    yield " ".join([*line, *(["optional"] if given.optional else [])])
+    for option in getattr(given, "options", None) or ():
+        for inner in getattr(option, "inputs", ()):
+            yield from lines(inner, f"{prefix}{given.id}.{option.key}.")
+    if hasattr(given, "template"):
+        yield from lines(given.template.input, f"{prefix}{given.id}.{'|'.join(given.template.names)}.")
 
 
 def test_write_schemas(pack):
