@@ -276,7 +276,7 @@ class Call:
         rows = [range(start, start + chunk.rows) for start, chunk in zip(starts, chunks, strict=True)]
         self.chunks = [(chunk, row) for chunk, row in zip(chunks, rows, strict=True) if chunk.regions]
         self.painted = [row for _, rows in self.chunks for row in rows]
-        self.plain = [row for row in range(sum(chunk.rows for chunk in chunks)) if row not in set(self.painted)]
+        self.rows = sum(chunk.rows for chunk in chunks)
 
     def installed(self, options: dict) -> dict:
         """Options with the override in front of whatever is there; `options` is not changed."""
@@ -303,17 +303,14 @@ class Call:
         arguments["attn_precision"] = attn_precision
         if place is None:
             return function(q, k, v, heads, mask=mask, **arguments)
-        if not self.plain:
+        if len(self.painted) == self.rows:
             return self._painted(self.painted, place, q, k, v, heads, mask, arguments, function)
-        plain = function(
-            q[self.plain], k[self.plain], v[self.plain], heads, mask=_rows(mask, self.plain, q), **arguments
-        )
+        # the whole batch, as it always was: some backends' last bits depend on how many rows they are given
+        result = function(q, k, v, heads, mask=mask, **arguments)
         rows = self.painted
-        painted = self._painted(
+        result[rows] = self._painted(
             rows, place, q[rows], k[rows], v[rows], heads, _rows(mask, rows, q), arguments, function
         )
-        result = plain.new_empty((len(q), *plain.shape[1:]))
-        result[self.plain], result[rows] = plain, painted
         return result
 
     def _chained(self, function: Callable) -> Callable:
