@@ -9,11 +9,15 @@ scores and dies out with the noise. Axis letters: B batch, H heads, N image toke
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .attention import attend
+from .conditioning import Conditioning
 
 SCALES = ("max", "std")  # the paper's, and the one that users of Stable Diffusion found (paint-with-words-sd, README)
 NEGLIGIBLE = 1e-4  # of w' log(1 + sigma): below it, the bias is smaller than the rounding of half precision
@@ -148,3 +152,31 @@ def bias(q: Tensor, k: Tensor, painted: Tensor, weight: float, scale: str = "max
     """
     factor = weight * level(q, k, scale, hidden) * (q.shape[-1] ** -0.5 if logit_scale is None else logit_scale)
     return (factor[:, None, None] * painted)[:, None]
+
+
+def painted(denoise: Callable, regions: Sequence[Regions], settings: PaintSettings) -> Callable:
+    """A denoiser of our networks that obeys painted regions, for `guidance.guided`.
+
+    denoise: an ensemble; regions: of each request, columns as in the conditioning, 77 CLIP tokens and then T5's. Rows beyond
+    the requests, such as guidance's unconditional ones, have none.
+    """
+
+    def denoise_painted(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        weight = settings.at(sigma.max().item())
+        rows = [row for row, held in enumerate(regions) if held]
+        if not (weight and rows):
+            return denoise(x, sigma, conditioning)
+
+        def attend_painted(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
+            result = attend(q, k, v, hidden)
+            if hidden is not None:  # cross-attention: it hides absent tokens
+                shrink = math.isqrt(x.shape[2] * x.shape[3] // q.shape[2])
+                grid = (x.shape[2] // shrink, x.shape[3] // shrink)
+                maps = torch.cat([regions[row].map(grid, k.shape[2]) for row in rows]).to(q.device)
+                added = bias(q[rows], k[rows], maps, weight, settings.scale, hidden[rows, 0, 0] < -1e4)
+                result[rows] = attend(q[rows], k[rows], v[rows], (hidden[rows] + added).to(q.dtype))
+            return result
+
+        return denoise(x, sigma, conditioning, attend=attend_painted)
+
+    return denoise_painted

@@ -8,7 +8,7 @@ one expects: averaging keeps the words of both prompts, ConditioningZeroOut give
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..ediffi_core.conditioning import CLIP_LENGTH, T5_LENGTH, Conditioning
 from ..ediffi_core.intervals import NoiseInterval
+from ..ediffi_core.phrases import Range
 from ..ediffi_core.unet import UNetConfig
 
 LENGTH = CLIP_LENGTH + T5_LENGTH
@@ -30,14 +31,23 @@ FOREIGN = (
 
 @dataclass(frozen=True)
 class Words:
-    """The prompt that a CONDITIONING was made from, without weights' brackets.
+    """The prompt that a CONDITIONING was made from, without weights' brackets, and where its tokens stand in it.
 
-    spans: for each encoder, "clip" and "t5", the characters (start, stop) of `text` that the token at each position
-    stands for; (0, 0) for start, end and padding. An encoder that was switched off, or cannot say, is missing.
+    spans: for each column of the token axis the characters (start, stop) of `text` that it stands for; (0, 0) for start,
+    end, padding, and an encoder that was switched off. None where the tokens cannot be followed; `lost` says why.
     """
 
     text: str
-    spans: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    spans: tuple[Range, ...] | None = None
+    lost: str = ""
+
+    def without(self, columns: slice) -> "Words":
+        """Where these columns stand for no text."""
+        if self.spans is None:
+            return self
+        spans = list(self.spans)
+        spans[columns] = [(0, 0)] * len(spans[columns])
+        return replace(self, spans=tuple(spans))
 
 
 def packed(clip: Tensor, t5: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from ..ediffi_core.encoders import (
     weight_files,
 )
 from .bridge_conditioning import WORDS, Words, packed
+from .bridge_words import NOTHING, Untraceable, overheard, placed, plain, spans_of
 
 ENDLESS = 10**9  # no chunks: prompts are cut to the paper's lengths, not encoded in pieces
 T5_EPSILON = 1e-6  # these two are fixed in ComfyUI's T5
@@ -134,7 +135,10 @@ class Tokens(dict):
     """ComfyUI's tokens, that also remember their words and what was cut off the prompt."""
 
     words: Words | None = None
-    cut: dict[str, str]  # "clip" and "t5" -> a sentence, for an encoder that does not read the whole prompt
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut: dict[str, str] = {}  # "clip", "t5" -> a sentence, for an encoder that does not read the whole prompt
 
 
 class FastTokenizer:
@@ -148,8 +152,10 @@ class FastTokenizer:
     def from_pretrained(self, *_, **__) -> "FastTokenizer":
         return self
 
-    def __call__(self, text: str, **_) -> dict[str, list[int]]:
-        return {"input_ids": self.start + self.backend.encode(text, add_special_tokens=False).ids + self.end}
+    def __call__(self, text: str, **_) -> dict[str, list]:
+        encoded = self.backend.encode(text, add_special_tokens=False)
+        offsets = [NOTHING] * len(self.start) + encoded.offsets + [NOTHING]
+        return {"input_ids": self.start + encoded.ids + self.end, "offset_mapping": offsets}
 
     def get_vocab(self) -> dict[str, int]:
         return self.backend.get_vocab()
@@ -183,16 +189,6 @@ class PromptTokenizer(comfy.sd1_clip.SDTokenizer):
         padding = (self.pad_token, 1.0, 0) if return_word_ids else (self.pad_token, 1.0)
         return [row + [padding] * (self.length - len(row))]
 
-    def spans(self, segments: list[str]) -> tuple[tuple[int, int], ...]:
-        """Characters of the joined segments that each position stands for; each segment is tokenised by itself."""
-        found, offset = [(0, 0)] * self.tokens_start, 0
-        for segment in segments:
-            offsets = self.tokenizer.backend.encode(segment, add_special_tokens=False).offsets
-            found += [(start + offset, stop + offset) for start, stop in offsets]
-            offset += len(segment)
-        found = found[: self.length - 1]
-        return (*found, *[(0, 0)] * (self.length - len(found)))
-
 
 class Tokenizer:
     """Both tokenizers behind ComfyUI's call; under the names that its loaders use, `l` and `t5xxl`."""
@@ -207,22 +203,27 @@ class Tokenizer:
 
     def tokenize_with_weights(self, text: str, return_word_ids=False, **options) -> Tokens:
         text = "" if not text.strip() else text
-        tokens, segments = Tokens(), plain_segments(text)
-        tokens.cut = {}
-        for key, name, tokenizer in (("l", "CLIP", self.clip_l), ("t5xxl", "T5", self.t5xxl)):
-            tokens[key] = tokenizer.tokenize_with_weights(text, return_word_ids, **options)
-            if tokenizer.lost:
-                stop = max(stop for _, stop in tokenizer.spans(segments))
-                rest = " ".join("".join(segments)[stop:].split())
+        tokens, words, spans, lost = Tokens(), plain(text), [], ""
+        for key, name, tokenizer, length in (
+            ("l", "CLIP", self.clip_l, CLIP_LENGTH),
+            ("t5xxl", "T5", self.t5xxl, T5_LENGTH),
+        ):
+            listening, pieces = overheard(tokenizer)
+            rows = listening.tokenize_with_weights(text, True, **options)
+            try:
+                found = spans_of(rows, placed(pieces, words), tokenizer.embedding_size)
+            except Untraceable as error:
+                found, lost = [NOTHING] * tokenizer.length, str(error)
+            if listening.lost:
+                rest = " ".join(words[max(stop for _, stop in found) :].split())
                 quoted = rest if len(rest) <= 60 else f"{rest[:60]}..."
                 tokens.cut[name.lower()] = (
-                    f"{name} does not read the last {tokenizer.lost} tokens of the prompt, from {quoted!r} on; it reads "
+                    f"{name} does not read the last {listening.lost} tokens of the prompt, from {quoted!r} on; it reads "
                     f"{tokenizer.length - tokenizer.tokens_start - 1} tokens."
                 )
-        # an embedding: stands for as many tokens as its file holds, so positions are unknown
-        known = "embedding:" not in text
-        spans = {"clip": self.clip_l.spans(segments), "t5": self.t5xxl.spans(segments)} if known else {}
-        tokens.words = Words("".join(segments), spans)
+            tokens[key] = rows if return_word_ids else [[entry[:2] for entry in row] for row in rows]
+            spans += found + [NOTHING] * (length - len(found))
+        tokens.words = Words(words, None if lost else tuple(spans), lost)
         return tokens
 
     def state_dict(self) -> dict:
@@ -230,12 +231,6 @@ class Tokenizer:
 
     def decode(self, ids, **options) -> str:
         return self.t5xxl.decode(ids, **options)
-
-
-def plain_segments(text: str) -> list[str]:
-    """The prompt in the pieces that ComfyUI tokenises one by one, without the brackets of weights."""
-    weighted = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
-    return [comfy.sd1_clip.unescape_important(segment) for segment, _ in weighted]
 
 
 def is_ours(clip: comfy.sd.CLIP) -> bool:

@@ -19,6 +19,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
+from ..ediffi_core.attention_maps import AttentionMaps, shares
 from ..ediffi_core.conditioning import CLIP_LENGTH, T5_LENGTH
 from ..ediffi_core.paint_with_words import WHOLE, PaintSettings, Region, Regions, bias, flow_sigma
 
@@ -26,6 +27,7 @@ Patcher = comfy.model_patcher.ModelPatcher
 Kind = comfy.patcher_extension.WrappersMP
 KEY = "ediffi_paint"  # of the wrappers, and of the settings among the transformer options
 REGIONS = "ediffi_regions"  # of a conditioning's painted regions
+RECORDING = "ediffi_recording"  # among the transformer options: a Recording
 LENGTH = CLIP_LENGTH + T5_LENGTH
 logger = logging.getLogger("ediffi")
 
@@ -129,18 +131,18 @@ def _armed(cond: dict, x: Tensor) -> dict:
 def _paint(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
     """Around one call of the network."""
     options = {} if transformer_options is None else transformer_options
-    chunks = kwargs.pop(REGIONS, None)
-    if chunks and any(chunk.regions for chunk in chunks):
-        model = executor.class_obj
-        settings = options.get(KEY) or PaintSettings()
+    chunks = kwargs.pop(REGIONS, None) or []
+    weight, settings = 0.0, options.get(KEY) or PaintSettings()
+    if any(chunk.regions for chunk in chunks):
+        flows = isinstance(executor.class_obj.model_sampling, comfy.model_sampling.CONST)
         sigma = float(t.flatten()[0])
-        if isinstance(model.model_sampling, comfy.model_sampling.CONST):
-            sigma = flow_sigma(sigma)
-        weight = settings.at(sigma)
-        if weight:
-            family = family_of(model.diffusion_model)
-            call = Call(family, weight, settings.scale, chunks, c_crossattn.shape[1], x, model.diffusion_model)
-            options = call.installed(options)
+        weight = settings.at(flow_sigma(sigma) if flows else sigma)
+    recording = options.get(RECORDING)
+    if recording is not None and not recording.wants(options):
+        recording = None
+    if weight or recording:
+        call = Call(executor.class_obj.diffusion_model, chunks if weight else [], c_crossattn.shape[1], x)
+        options = call.installed(options, weight, settings.scale, recording)
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
@@ -263,23 +265,21 @@ def family_of(network) -> type[Family]:
 class Call:
     """One call of the network: the override of attention, and what it needs to know."""
 
-    def __init__(
-        self, family, weight: float, scale: str, chunks: list[Painted], length: int, x: Tensor, network
-    ) -> None:
-        self.family = family(network, self)
-        self.weight, self.scale = weight, scale
+    def __init__(self, network, chunks: list[Painted], length: int, x: Tensor) -> None:
+        self.family = family_of(network)(network, self)
         self.length = length  # text tokens of the batch; shorter prompts were repeated to it
         self.latent = tuple(x.shape[-2:])
+        self.rows = len(x)
         self.announced = False  # UNetFamily: the next attention is cross-attention
         self.block = None  # WanFamily: the block of the attention before
         starts = [sum(chunk.rows for chunk in chunks[:i]) for i in range(len(chunks))]
         rows = [range(start, start + chunk.rows) for start, chunk in zip(starts, chunks, strict=True)]
         self.chunks = [(chunk, row) for chunk, row in zip(chunks, rows, strict=True) if chunk.regions]
         self.painted = [row for _, rows in self.chunks for row in rows]
-        self.rows = sum(chunk.rows for chunk in chunks)
 
-    def installed(self, options: dict) -> dict:
+    def installed(self, options: dict, weight: float, scale: str, recording: "Recording | None" = None) -> dict:
         """Options with the override in front of whatever is there; `options` is not changed."""
+        self.weight, self.scale, self.recording = weight, scale, recording
         options = options.copy()
         self.before: Callable | None = options.get("optimized_attention_override")
         options["optimized_attention_override"] = self.override
@@ -301,16 +301,20 @@ class Call:
         options = arguments.get("transformer_options") or {}
         place = self.family.place(q, k, options, {"mask": mask, **arguments})
         arguments["attn_precision"] = attn_precision
-        if place is None:
-            return function(q, k, v, heads, mask=mask, **arguments)
-        if len(self.painted) == self.rows:
-            return self._painted(self.painted, place, q, k, v, heads, mask, arguments, function)
+        rows, added = self.painted if place else [], None
+        if rows:
+            inputs = (q, k, v) if len(rows) == self.rows else (q[rows], k[rows], v[rows])
+            row_mask = _rows(mask, rows, q)
+            added = self._bias(place, *inputs[:2], heads, row_mask, arguments)
+            painted = self._attention(place, *inputs, heads, row_mask, added, arguments, function)
+        if place and self.recording:
+            self.recording.add(self, place, q, k, heads, mask, added, options, arguments)
+        if len(rows) == self.rows:
+            return painted
         # the whole batch, as it always was: some backends' last bits depend on how many rows they are given
         result = function(q, k, v, heads, mask=mask, **arguments)
-        rows = self.painted
-        result[rows] = self._painted(
-            rows, place, q[rows], k[rows], v[rows], heads, _rows(mask, rows, q), arguments, function
-        )
+        if rows:
+            result[rows] = painted
         return result
 
     def _chained(self, function: Callable) -> Callable:
@@ -319,9 +323,8 @@ class Call:
             return function
         return lambda *args, **kwargs: self.before(function, *args, **kwargs)
 
-    def _painted(self, rows, place: Place, q, k, v, heads, mask, arguments, function):
-        """Attention of the painted rows: image queries with the bias, the others as they are."""
-        added = self._bias(place, q, k, heads, mask, arguments)
+    def _attention(self, place: Place, q, k, v, heads, mask, added, arguments, function):
+        """Attention of painted rows: image queries with the bias, the others as they are."""
         masked = self._chained(comfy_attention.attention_pytorch)  # not every backend takes a mask
         start, stop = place.queries.start, place.queries.stop
         parts = []
@@ -359,16 +362,75 @@ class Call:
         def both(q, k, v, extra_options):
             result = patch(q, k, v, extra_options)
             place = self.family.place(q, k, extra_options, {})
+            rows, heads, added = self.painted, extra_options["n_heads"], None
             if place is None or len(k) != len(q):
                 return result
-            rows, heads = self.painted, extra_options["n_heads"]
-            q, k, v = q[rows], k[rows], v[rows]
-            painted = self._painted(rows, place, q, k, v, heads, None, {}, comfy_attention.attention_pytorch)
-            result = result.clone()
-            result[rows] += painted - comfy_attention.attention_pytorch(q, k, v, heads)
+            if rows:
+                inputs, plain = (q[rows], k[rows], v[rows]), comfy_attention.attention_pytorch
+                added = self._bias(place, *inputs[:2], heads, None, {})
+                result = result.clone()
+                result[rows] += self._attention(place, *inputs, heads, None, added, {}, plain) - plain(*inputs, heads)
+            if self.recording:
+                self.recording.add(self, place, q, k, heads, None, added, extra_options, {})
             return result
 
         return both
+
+
+# ------------------------------------------------------------------------------------------------ looking
+
+
+class Recording:
+    """Where the picture looks: notes the attention that the prompt's phrases get, in some steps of a run."""
+
+    def __init__(self, maps: AttentionMaps, columns: list[tuple[int, ...]], length: int, levels: int) -> None:
+        """columns: of each phrase in a conditioning of `length` tokens; levels: how many steps to note."""
+        self.maps = maps
+        self.columns, self.length, self.levels = columns, length, levels
+
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        """Around a whole run: what is noted belongs to the run that went last."""
+        self.maps.begin(sigmas.cpu(), self.levels)
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+    def wants(self, options: dict) -> bool:
+        return self.maps.wants(float(options["sigmas"][0])) and PROMPT in options["cond_or_uncond"]
+
+    def add(self, call: Call, place: Place, q, k, heads, mask, added, options, arguments) -> None:
+        """One layer of one call: the mean over the rows of the prompt."""
+        which = options["cond_or_uncond"]
+        each = call.rows // len(which)
+        rows = [row for i, kind in enumerate(which) if kind == PROMPT for row in range(i * each, (i + 1) * each)]
+        if call.length % self.length:
+            return  # another prompt than the one whose phrases these are
+        scale = arguments.get("scale")
+        queries = _by_heads(q[..., place.queries, :], heads, arguments)[rows]
+        keys = _by_heads(k, heads, arguments)[rows]
+        total = None if mask is None else _added(_queries(_rows(mask, rows, q), place.queries), 0.0, torch.float32)
+        if added is not None:
+            biases = added.new_zeros(call.rows, *added.shape[1:])
+            biases[call.painted] = added
+            total = biases[rows] if total is None else total + biases[rows]
+        columns = []
+        for phrase in self.columns:
+            own = call.family.columns(phrase, self.length)
+            columns.append([c + start for start in range(0, call.length, self.length) for c in own])
+        self.maps.add(
+            float(options["sigmas"][0]), place.grid, place.frames, shares(queries, keys, columns, total, scale)
+        )
+
+
+PROMPT = 0  # of `cond_or_uncond`: positive
+
+
+def recording(model: Patcher, maps: AttentionMaps, columns: list[tuple[int, ...]], length: int, levels: int) -> Patcher:
+    """A clone of MODEL whose runs note into `maps`. Raises ValueError, by name, for a network that cannot be seen into."""
+    clone = obeying(model)
+    noting = Recording(maps, columns, length, levels)
+    clone.model_options["transformer_options"][RECORDING] = noting
+    clone.remove_wrappers_with_key(Kind.OUTER_SAMPLE, RECORDING)
+    clone.add_wrapper_with_key(Kind.OUTER_SAMPLE, RECORDING, noting.outer_sample)
+    return clone
 
 
 def _by_heads(tensor: Tensor, heads: int, arguments: dict) -> Tensor:
@@ -386,7 +448,7 @@ def _queries(mask: Tensor | None, queries: slice) -> Tensor | None:
     return mask if mask is None or mask.shape[-2] == 1 else mask[..., queries, :]
 
 
-def _added(mask: Tensor | None, added: Tensor, dtype: torch.dtype) -> Tensor:
+def _added(mask: Tensor | None, added: Tensor | float, dtype: torch.dtype) -> Tensor:
     if mask is None:
         return added.to(dtype)
     while mask.ndim < 4:

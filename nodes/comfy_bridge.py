@@ -5,8 +5,11 @@
     model         one network file as a MODEL
     routing       several MODELs called like one
     prefetch      the next of them, loaded ahead
+    painting      MODELs that obey painted regions, and note where they look
+    regions       phrases, masks and paintings in a CONDITIONING
     timeline      which expert denoises what, for pictures and the canvas
     encoders      a folder of encoders as CLIP and CLIP_VISION
+    words         which characters of the prompt each of its tokens stands for
     sampling      ComfyUI's samplers with EDM's schedule and noise for each image
 
 When ComfyUI changes, the files bridge_*.py change and nothing else does.
@@ -20,28 +23,39 @@ import comfy.sd
 import comfy.utils
 import torch
 
+from ..ediffi_core.attention_maps import draw as draw_attention_maps
 from ..ediffi_core.checkpoint import check_experts, read_ensemble, read_header
+from ..ediffi_core.conditioning import CLIP_LENGTH
+from ..ediffi_core.paint_with_words import SCALES
 from .bridge_conditioning import LENGTH, WORDS, Words, check_conditioning, for_experts, packed, unpacked
 from .bridge_encoders import is_ours, load_text_encoders, load_vision_encoder
 from .bridge_folders import entries, entry, register_folders
 from .bridge_model import check_images, load_expert, pixel_vae
+from .bridge_regions import attention_maps, bind, bind_colors, obey_paint
+from .bridge_regions import paint as paint_regions
 from .bridge_routing import Routing, route, routing_of
 from .bridge_sampling import CHURNING, SAMPLERS, SCHEDULERS, edm_sampler, sample, sampler_named, schedule
 from .bridge_timeline import UNITS, announce, draw, is_flow, join, shown, timeline
+from .bridge_words import words_of
 
 __all__ = [
     "CHURNING",
     "LENGTH",
     "SAMPLERS",
+    "SCALES",
     "SCHEDULERS",
     "UNITS",
     "WORDS",
     "Routing",
     "Words",
     "announce",
+    "attention_maps",
+    "bind",
+    "bind_colors",
     "check_conditioning",
     "check_images",
     "draw",
+    "draw_attention_maps",
     "edm_sampler",
     "empty_image",
     "encode_text",
@@ -54,7 +68,9 @@ __all__ = [
     "load_encoders",
     "load_ensemble",
     "load_expert",
+    "obey_paint",
     "packed",
+    "paint",
     "pixel_vae",
     "register_folders",
     "route",
@@ -103,19 +119,28 @@ def encode_text(clip: comfy.sd.CLIP, text: str, use_t5: bool = True, use_clip: b
                 "loader, whose encoders cannot be taken apart. Set both to true, or connect the CLIP of eDiff-I Load "
                 "Encoders."
             )
-        return clip.encode_from_tokens_scheduled(clip.tokenize(text), add_dict={WORDS: Words(text)}), ()
+        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        words = words_of(clip, text, conditioning[0][0].shape[1])
+        return [[encoded, values | {WORDS: words}] for encoded, values in conditioning], ()
 
     tokens, empty = clip.tokenize(text), clip.tokenize("")
-    spans, cut = dict(tokens.words.spans), dict(tokens.cut)
-    for key, name, used in (("l", "clip", use_clip), ("t5xxl", "t5", use_t5)):
+    words, cut = tokens.words, dict(tokens.cut)
+    switches = (("l", "clip", use_clip, slice(CLIP_LENGTH)), ("t5xxl", "t5", use_t5, slice(CLIP_LENGTH, LENGTH)))
+    for key, name, used, columns in switches:
         if not used:
             tokens[key] = empty[key]
-            spans.pop(name, None)
             cut.pop(name, None)
-    tokens.words = Words(tokens.words.text, spans)
+            words = words.without(columns)
+    tokens.words = words
     for sentence in cut.values():
         logger.warning(sentence)
     return clip.encode_from_tokens_scheduled(tokens, add_dict={WORDS: tokens.words}), tuple(cut.values())
+
+
+def paint(clip: comfy.sd.CLIP, text: str, width: int, height: int, painting: str):
+    """(CONDITIONING with regions, masks, legend, report for the canvas) of a prompt and a painting on it."""
+    conditioning, _ = encode_text(clip, text)
+    return paint_regions(conditioning, width, height, painting)
 
 
 def empty_image(width: int, height: int, batch_size: int) -> dict:

@@ -139,7 +139,7 @@ def test_attention_is_the_formula_in_every_block(families, obeying, paint, predi
 
     calls = watching.biased
     if name == "ediff_i":
-        calls = calls[1::2]  # its cross-attention always has a mask; the negative's row goes first
+        calls = calls[::2]  # its cross-attention always has a mask; the painted row goes first
     assert len(calls) == {"flux": 2, "ediff_i": 4}.get(name, 1)
     for call in calls:
         scores, width = scores_of(call)
@@ -465,3 +465,68 @@ def test_nothing_that_was_given_is_changed(families, obeying, paint, predict):
     assert conditioning[0][1] == before
     assert not any(model.wrappers.get(kind) for kind in model.wrappers)
     assert "ediffi_paint" not in model.model_options["transformer_options"]
+
+
+@pytest.fixture
+def record(pack, painting):
+    maps = pack.core("attention_maps").AttentionMaps
+
+    def record(model, columns, length, levels=3):
+        made = maps(tuple(f"phrase {i}" for i in range(len(columns))))
+        return painting.recording(model, made, [tuple(c) for c in columns], length, levels), made
+
+    return record
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_maps_are_the_attention(families, record, predict, name):
+    """Against the probabilities of the calls that the backend saw; looking changes nothing."""
+    family = families[name]
+    model, watching = watched(family.model(1))
+    looking, maps = record(model, [(1, 2), (4,)], family.tokens)
+    ours = predict(looking, family.conditioning(1), family.conditioning(2), family.image())
+    calls = list(watching.calls)
+    plain = predict(family.model(1), family.conditioning(1), family.conditioning(2), family.image())
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+    keys = {"flux": family.tokens + 16}.get(name)
+    expected = []
+    for call in calls:
+        scores, width = scores_of(call)
+        joint = name == "flux" and scores.shape[-1] == keys
+        cross = call["mask"] is not None if name == "ediff_i" else scores.shape[-1] == family.tokens
+        if joint or cross:
+            mask = 0 if call["mask"] is None else call["mask"].double()
+            chances = (scores / math.sqrt(width) + mask).softmax(-1)
+            image = chances[-1, :, family.tokens :] if joint else chances[-1]  # positive comes last in a batch
+            expected.append(torch.stack([image[..., [1, 2]].sum(-1).mean(), image[..., [4]].sum(-1).mean()]))
+    (sigma,) = maps.recorded
+    assert sigma == pytest.approx(0.7)
+    torch.testing.assert_close(
+        maps.at(sigma).mean((1, 2)).double(), torch.stack(expected).mean(0), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_attention_maps_see_what_painting_does(families, obeying, paint, record, predict):
+    family = families["sd15"]
+    painted = paint(family.conditioning(1), ((1, 2), half(), 1.0))
+    seen = {}
+    for weight in (0.0, WEIGHT):
+        model, maps = record(obeying(family.model(1), weight), [(1, 2)], family.tokens)
+        predict(model, painted, family.conditioning(2), family.image())
+        seen[weight] = maps.at(maps.recorded[0])[0]
+    assert seen[WEIGHT][:, :30].mean() > seen[0.0][:, :30].mean() + 0.05
+    torch.testing.assert_close(seen[WEIGHT][:, 37:], seen[0.0][:, 37:], rtol=0, atol=1e-4)
+
+
+def test_attention_maps_are_of_the_last_run_and_its_chosen_steps(families, record, pack):
+    import families as module
+
+    family = families["sd15"]
+    model, maps = record(family.model(1), [(1,)], family.tokens, levels=3)
+    for steps in (4, 9):
+        module.sample(model, family.conditioning(1), family.conditioning(2), family.image(), steps=steps, cfg=3.0)
+        assert len(maps.recorded) == 3
+    picture = pack.core("attention_maps").draw(maps, torch.rand(32, 32, 3))
+    assert picture.ndim == 3
+    assert 0 <= picture.min() < picture.max() <= 1

@@ -10,11 +10,16 @@ import ediffi_core
 CORE = Path(ediffi_core.__file__).parent
 FLOW = [
     "conditioning",
+    "phrases",
     "encoders",
     "schedule",
     "intervals",
     "router",
+    "timeline",
+    "painting",
     "attention",
+    "paint_with_words",
+    "attention_maps",
     "unet",
     "preconditioning",
     "ensemble",
