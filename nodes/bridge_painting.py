@@ -231,10 +231,10 @@ class JointFamily(Family):
         patch = getattr(self.network, "patch_size", 2)
         patch = patch if isinstance(patch, int) else patch[-1]
         grid = tuple(math.ceil(side / patch) for side in self.call.latent)
-        text, image = self.call.length, grid[0] * grid[1]
+        text, image = self.call.length, self.call.frames * grid[0] * grid[1]
         if q.shape[-2] != k.shape[-2] or q.shape[-2] < text + image:
             return None
-        return Place(grid, 1, slice(text, text + image), slice(0, text))
+        return Place(grid, self.call.frames, slice(text, text + image), slice(0, text))
 
 
 FAMILIES = {
@@ -269,6 +269,7 @@ class Call:
         self.family = family_of(network)(network, self)
         self.length = length  # text tokens of the batch; shorter prompts were repeated to it
         self.latent = tuple(x.shape[-2:])
+        self.frames = x.shape[2] if x.ndim == 5 else 1
         self.rows = len(x)
         self.announced = False  # UNetFamily: the next attention is cross-attention
         self.block = None  # WanFamily: the block of the attention before

@@ -5,15 +5,44 @@ import math
 import pytest
 import torch
 
-FAMILIES = ["sd15", "sd21_v", "sdxl", "sdxl_refiner", "wan", "flux", "ediff_i"]
+JOINT = ["flux", "sd3", "chroma", "qwen"]  # one attention over text and image
+FLOWS = ["wan", *JOINT]
+FAMILIES = ["sd15", "sd21_v", "sdxl", "sdxl_refiner", "ediff_i", *FLOWS]
 WEIGHT = 2.0
 
 
 @pytest.fixture(scope="session")
 def families(pack):
+    import comfy.supported_models as supported
     import families as module
 
-    return module.families(pack)
+    sd3 = dict(
+        patch_size=2, depth=1, num_blocks=2, input_size=None, adm_in_channels=10, num_patches=64, pos_embed_max_size=8,
+        context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 14, "out_features": 64}},
+    )  # fmt: skip
+    chroma = dict(
+        in_channels=64, out_channels=64, context_in_dim=14, hidden_size=48, mlp_ratio=2.0, num_heads=2, depth=1,
+        depth_single_blocks=1, axes_dim=[8, 8, 8], theta=10000, patch_size=2, qkv_bias=True, in_dim=64, out_dim=48,
+        hidden_dim=32, n_layers=1, txt_ids_dims=[], vec_in_dim=None,
+    )  # fmt: skip
+    qwen = dict(
+        in_channels=64, out_channels=16, num_layers=2, attention_head_dim=24, num_attention_heads=2,
+        joint_attention_dim=14, axes_dims_rope=(8, 8, 8),
+    )  # fmt: skip
+
+    def build_sd3():
+        built = module.supported_model(supported.SD3, sd3)()
+        built.diffusion_model.pos_embed.normal_(generator=torch.Generator().manual_seed(0))  # a buffer of any content
+        return built
+
+    more = [
+        module.Family("sd3", build_sd3, "final_layer.linear", (16, 8, 8), 14, 10),
+        module.Family(
+            "chroma", module.supported_model(supported.Chroma, chroma), "final_layer.linear", (16, 8, 8), 14, 10
+        ),
+        module.Family("qwen", module.supported_model(supported.QwenImage, qwen), "proj_out", (16, 1, 8, 8), 14, 10),
+    ]
+    return module.families(pack) | {family.name: family for family in more}
 
 
 @pytest.fixture
@@ -135,12 +164,12 @@ def test_attention_is_the_formula_in_every_block(families, obeying, paint, predi
     model = obeying(model, scale=scale)
     sigma = float(model.get_model_object("model_sampling").percent_to_sigma(0.3))
     predict(model, paint(family.conditioning(1), *REGIONS), family.conditioning(2), family.image(), sigma)
-    noise = sigma / (1 - sigma) if name in ("wan", "flux") else sigma
+    noise = sigma / (1 - sigma) if name in FLOWS else sigma
 
     calls = watching.biased
     if name == "ediff_i":
         calls = calls[::2]  # its cross-attention always has a mask; the painted row goes first
-    assert len(calls) == {"flux": 2, "ediff_i": 4}.get(name, 1)
+    assert len(calls) == {"flux": 2, "chroma": 2, "sd3": 2, "qwen": 2, "ediff_i": 4}.get(name, 1)
     for call in calls:
         scores, width = scores_of(call)
         assert len(scores) == 1, "Only the painted row is biased."
@@ -489,11 +518,11 @@ def test_attention_maps_are_the_attention(families, record, predict, name):
     plain = predict(family.model(1), family.conditioning(1), family.conditioning(2), family.image())
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
-    keys = {"flux": family.tokens + 16}.get(name)
+    keys = family.tokens + 16
     expected = []
     for call in calls:
         scores, width = scores_of(call)
-        joint = name == "flux" and scores.shape[-1] == keys
+        joint = name in JOINT and scores.shape[-1] == keys
         cross = call["mask"] is not None if name == "ediff_i" else scores.shape[-1] == family.tokens
         if joint or cross:
             mask = 0 if call["mask"] is None else call["mask"].double()
