@@ -8,6 +8,7 @@ import torch
 JOINT = ["flux", "sd3", "chroma", "qwen"]  # one attention over text and image
 FLOWS = ["wan", *JOINT]
 FAMILIES = ["sd15", "sd21_v", "sdxl", "sdxl_refiner", "ediff_i", *FLOWS]
+CHECKED = ["sd15", "sdxl", "flux"]  # where regional packs were measured, and a joint attention
 WEIGHT = 2.0
 
 
@@ -198,6 +199,7 @@ def test_rows_without_regions_are_bit_identical(families, obeying, paint, predic
     assert all(torch.equal(a, b) for a, b in zip(nothing, plain, strict=True))
 
 
+@pytest.mark.parametrize("name", CHECKED)
 @pytest.mark.parametrize(
     "nothing",
     [
@@ -205,12 +207,13 @@ def test_rows_without_regions_are_bit_identical(families, obeying, paint, predic
         dict(regions=[((1, 2), torch.zeros(1, 8, 8), 1.0)]),
         dict(regions=[((1, 2), half(), 0.0)]),
         dict(start_sigma=0.5),
-        dict(end_sigma=0.8),
+        dict(end_sigma=3.0),
     ],
     ids=["weight 0", "empty mask", "strength 0", "window below", "window above"],
 )
-def test_nothing_painted_changes_nothing(families, obeying, paint, predict, nothing):
-    family = families["sd15"]
+def test_nothing_painted_changes_nothing(families, obeying, paint, predict, nothing, name):
+    family = families[name]
+    nothing = dict(nothing)
     regions = nothing.pop("regions", REGIONS)
     plain = predict(family.model(1), family.conditioning(1), family.conditioning(2), family.image(), 0.7)
     model = obeying(family.model(1), **nothing)
@@ -265,9 +268,10 @@ class Rows:
         return function(arguments["input"], arguments["timestep"], **arguments["c"])
 
 
+@pytest.mark.parametrize("name", CHECKED)
 @pytest.mark.parametrize("count", [1, 4, 16])
-def test_the_network_sees_two_rows_however_many_regions(families, obeying, paint, predict, count):
-    family = families["sd15"]
+def test_the_network_sees_two_rows_however_many_regions(families, obeying, paint, predict, count, name):
+    family = families[name]
     regions = [
         ((1 + i % 6,), torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(i)), 1.0) for i in range(count)
     ]
@@ -325,9 +329,10 @@ def test_rows_one_by_one_where_memory_is_short(families, obeying, paint, predict
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_regions_that_cover_nothing_somewhere_leave_it_to_the_prompt(families, obeying, paint, predict):
+@pytest.mark.parametrize("name", CHECKED)
+def test_regions_that_cover_nothing_somewhere_leave_it_to_the_prompt(families, obeying, paint, predict, name):
     """No region paints the right half: the network predicts there, as it does elsewhere."""
-    family = families["sd15"]
+    family = families[name]
     positive = paint(family.conditioning(1), ((1, 2), half(), 1.0))
     ours = predict(obeying(family.model(1)), positive, family.conditioning(2), family.image())[0]
     assert finite(ours)
@@ -346,8 +351,9 @@ def test_prompts_of_other_lengths(families, obeying, paint, predict, prompt, neg
     torch.testing.assert_close(ours[0], alone[0], rtol=1e-4, atol=1e-5)
 
 
-def test_combined_prompts_keep_their_own_regions(families, obeying, paint, predict):
-    family = families["sd15"]
+@pytest.mark.parametrize("name", CHECKED)
+def test_combined_prompts_keep_their_own_regions(families, obeying, paint, predict, name):
+    family = families[name]
     first, second = paint(family.conditioning(1), *REGIONS), family.conditioning(3)
     model = obeying(family.model(1))
     parts = [predict(model, one, family.conditioning(2), family.image())[0] for one in (first, second)]
@@ -357,8 +363,9 @@ def test_combined_prompts_keep_their_own_regions(families, obeying, paint, predi
     assert not torch.allclose(predict(model, index, family.conditioning(2), family.image())[0], together, atol=1e-6)
 
 
-def test_two_negatives_and_regions_on_the_negative(families, obeying, paint, predict):
-    family = families["sd15"]
+@pytest.mark.parametrize("name", CHECKED)
+def test_two_negatives_and_regions_on_the_negative(families, obeying, paint, predict, name):
+    family = families[name]
     model, negative = obeying(family.model(1)), family.conditioning(2) + family.conditioning(4)
     plain = predict(family.model(1), family.conditioning(1), negative, family.image())
     ours = predict(model, paint(family.conditioning(1), *REGIONS), negative, family.image())
@@ -384,8 +391,9 @@ def test_an_area_takes_its_part_of_the_mask(families, obeying, paint, predict):
     assert (bias[:, 4:] == 0).all()
 
 
-def test_a_masked_prompt_and_regions(families, obeying, paint, predict):
-    family = families["sd15"]
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_masked_prompt_and_regions(families, obeying, paint, predict, name):
+    family = families[name]
     masked = [
         [tokens, {**rest, "mask": half(size=(8, 8)), "mask_strength": 1.0}] for tokens, rest in family.conditioning(1)
     ]
@@ -393,9 +401,10 @@ def test_a_masked_prompt_and_regions(families, obeying, paint, predict):
     assert finite(*predict(obeying(family.model(1)), both, family.conditioning(2), family.image()))
 
 
+@pytest.mark.parametrize("name", CHECKED)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_of_half_precision(families, obeying, paint, predict, dtype):
-    family = families["sd15"]
+def test_weights_of_half_precision(families, obeying, paint, predict, dtype, name):
+    family = families[name]
     model = family.model(1)
     full = predict(obeying(model), paint(family.conditioning(1), *REGIONS), family.conditioning(2), family.image())
     model = family.model(1)
@@ -403,7 +412,7 @@ def test_weights_of_half_precision(families, obeying, paint, predict, dtype):
     model.model.diffusion_model.dtype = dtype
     half = predict(obeying(model), paint(family.conditioning(1), *REGIONS), family.conditioning(2), family.image())
     assert finite(*half)
-    torch.testing.assert_close(half[0], full[0], rtol=0.1, atol=0.1)
+    torch.testing.assert_close(half[0], full[0], rtol=0.1, atol=0.2)
 
 
 def attn2_of(model, patch):
