@@ -1,4 +1,8 @@
-"""Classifier-free guidance (Ho & Salimans 2022; eDiff-I, Sec. 4.2 drops all embeddings for the unconditional branch)."""
+"""Guidance, and what keeps strongly guided pixels in range.
+
+Classifier-free guidance (Ho & Salimans 2022; eDiff-I, Sec. 4.2 drops all embeddings for the unconditional branch) pushes
+denoised images out of [-1, 1]; thresholding brings them back (Imagen, Saharia et al. 2022, Sec. 2.3).
+"""
 
 import torch
 from torch import Tensor
@@ -22,3 +26,15 @@ def guided(denoise: Denoise, guidance_scale: float, null: Conditioning | None = 
         return uncond + guidance_scale * (cond - uncond)
 
     return denoise_guided
+
+
+def thresholded(x: Tensor, percentile: float, maximum: float) -> Tensor:
+    """Denoised images (B, C, ...) brought into [-1, 1], each by itself (Imagen, Sec. 2.3).
+
+    s is the size below which `percentile` (0 to 1) of an image's values lie, not under 1 and not over `maximum`; values are
+    cut at s and divided by it. A maximum of 1 is static thresholding: they are only cut.
+    """
+    sizes = x.abs().flatten(1).float()
+    s = torch.stack([size.kthvalue(max(1, round(percentile * len(size)))).values for size in sizes])
+    s = s.clamp(1, maximum).to(x).view(-1, *[1] * (x.ndim - 1))
+    return x.clamp(-s, s) / s

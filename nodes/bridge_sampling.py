@@ -18,6 +18,7 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ..ediffi_core.guidance import thresholded
 from ..ediffi_core.schedule import karras_sigmas
 
 EDM = "edm"  # our entry in the list of schedulers
@@ -136,6 +137,19 @@ def churned(step: Callable, s_churn: float, s_tmin: float, s_tmax: float, s_nois
         return x
 
     return sample_churned
+
+
+def with_thresholding(model, percentile: float, maximum: float):
+    """A clone of a pixel-space MODEL whose guided predictions are thresholded. Raises ValueError for a latent one."""
+    latent = model.get_model_object("latent_format")
+    if latent.latent_channels != 3 or latent.spacial_downscale_ratio != 1:
+        raise ValueError(
+            f"Thresholding needs a MODEL in pixel space, whose values lie in [-1, 1]; this one samples {latent.latent_channels} "
+            f"latent channels. Leave eDiff-I Dynamic Thresholding out."
+        )
+    clone = model.clone()
+    clone.set_model_sampler_post_cfg_function(lambda given: thresholded(given["denoised"], percentile, maximum))
+    return clone
 
 
 def image_seeds(seed: int, image: Tensor, latent: dict) -> list[int]:

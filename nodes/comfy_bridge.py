@@ -34,7 +34,16 @@ from .bridge_model import check_images, load_expert, pixel_vae
 from .bridge_regions import attention_maps, bind, bind_colors, obey_paint
 from .bridge_regions import paint as paint_regions
 from .bridge_routing import Routing, route, routing_of
-from .bridge_sampling import CHURNING, SAMPLERS, SCHEDULERS, edm_sampler, sample, sampler_named, schedule
+from .bridge_sampling import (
+    CHURNING,
+    SAMPLERS,
+    SCHEDULERS,
+    edm_sampler,
+    sample,
+    sampler_named,
+    schedule,
+    with_thresholding,
+)
 from .bridge_timeline import UNITS, announce, draw, is_flow, join, shown, timeline
 from .bridge_words import words_of
 
@@ -81,6 +90,7 @@ __all__ = [
     "shown",
     "timeline",
     "unpacked",
+    "with_thresholding",
 ]
 
 logger = logging.getLogger("ediffi")

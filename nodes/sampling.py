@@ -217,4 +217,42 @@ class EDMSampler(io.ComfyNode):
         return io.NodeOutput(bridge.edm_sampler(solver, s_churn, s_tmin, s_tmax, s_noise))
 
 
-NODES = [EmptyImage, KSampler, EDMSampler]
+class DynamicThresholding(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="EDiffI_DynamicThresholding",
+            display_name="eDiff-I Dynamic Thresholding",
+            category="eDiff-I/sampling",
+            description="Keeps the colors of a strongly guided pixel-space MODEL in range, by Imagen's dynamic thresholding.",
+            search_aliases=["dynamic thresholding", "static thresholding", "imagen", "oversaturated", "high cfg"],
+            inputs=[
+                io.Model.Input("model", tooltip="A MODEL in pixel space, such as an eDiff-I ensemble."),
+                io.Float.Input(
+                    "percentile",
+                    default=0.995,
+                    min=0.5,
+                    max=1.0,
+                    step=0.001,
+                    round=False,
+                    tooltip="The share of values that shall fit into the range; what is larger is cut. Lower is calmer.",
+                ),
+                io.Float.Input(
+                    "maximum",
+                    default=100.0,
+                    min=1.0,
+                    max=100.0,
+                    step=0.1,
+                    round=False,
+                    tooltip="How far an image may be scaled down at most. 1 is static thresholding: it is only cut.",
+                ),
+            ],
+            outputs=[io.Model.Output("model", tooltip="For the sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, percentile: float, maximum: float) -> io.NodeOutput:
+        return io.NodeOutput(bridge.with_thresholding(model, percentile, maximum))
+
+
+NODES = [EmptyImage, KSampler, EDMSampler, DynamicThresholding]

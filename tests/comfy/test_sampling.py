@@ -195,3 +195,23 @@ def test_an_empty_image_is_a_latent_in_pixels(pack):
     latent = pack.nodes["EDiffI_EmptyImage"].execute(24, 16, 2).args[0]
     assert latent["samples"].shape == (2, 3, 16, 24)
     assert not latent["samples"].any()
+
+
+def test_thresholding_keeps_a_strongly_guided_image_in_range(pack, model, sample):
+    node = pack.nodes["EDiffI_DynamicThresholding"]
+    wild = sample(cfg=30.0)
+    assert wild.abs().max() > 1.5
+    for maximum in (1.0, 100.0):
+        assert sample(model=node.execute(model, 0.9, maximum).args[0], cfg=30.0).abs().max() <= 1.0
+    batch = sample(model=node.execute(model, 0.9, 100.0).args[0], cfg=30.0, batch=2)
+    alone = sample(model=node.execute(model, 0.9, 100.0).args[0], cfg=30.0, seed=6)
+    torch.testing.assert_close(batch[1:], alone, rtol=1e-4, atol=1e-4)
+    assert torch.equal(sample(cfg=30.0), wild), "The MODEL that was given has changed."
+
+
+def test_thresholding_refuses_latent_models(pack):
+    import families
+
+    model = families.families(pack)["sd15"].model(1)
+    with pytest.raises(ValueError, match=r"needs a MODEL in pixel space.*this one samples 4 latent channels"):
+        pack.nodes["EDiffI_DynamicThresholding"].execute(model, 0.9, 1.0)
