@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .environment import SetupError, exclusive
@@ -78,14 +78,18 @@ class Server:
     """A ComfyUI server on a free loopback port, with this pack as its only custom node.
 
     Everything it writes lies in `base`, which also holds its log. Used as a context manager; always ended on leaving.
+    flags: what else its command line says.
     """
 
-    def __init__(self, comfyui: Path, python: Path, pack: Path, base: Path, accelerated: bool):
+    def __init__(
+        self, comfyui: Path, python: Path, pack: Path, base: Path, accelerated: bool, flags: Sequence[str] = ()
+    ):
         self.comfyui = comfyui
         self.python = python
         self.pack = pack
         self.base = base
         self.accelerated = accelerated
+        self.flags = flags
         self.log = base / "server.log"
         self.process = None
 
@@ -100,6 +104,7 @@ class Server:
         command += ["--base-directory", self.base, "--database-url", database]
         if not self.accelerated:
             command.append("--cpu")
+        command += self.flags
         # A group of its own: Ctrl-C reaches dev.py only, which then ends the server in good order.
         group = (
             {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}

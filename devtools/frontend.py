@@ -1,6 +1,7 @@
 """ComfyUI's canvas in a headless Chromium, for tests and for making the example workflows. Needs playwright."""
 
 import json
+import math
 import shutil
 import time
 import urllib.request
@@ -26,6 +27,8 @@ class Frontend:
             "Comfy.TutorialCompleted": True,
             "Comfy.Locale": "en",
             "Comfy.Workflow.ShowMissingNodesWarning": True,
+            "Comfy.Minimap.Visible": False,
+            "LiteGraph.Canvas.MinFontSizeForLOD": 0,
         }
         self.size = size
         self.faults: list[str] = []  # uncaught errors of the page
@@ -66,10 +69,10 @@ class Frontend:
             ".map(n => n.type)"
         )
 
-    def fit(self) -> None:
+    def fit(self, largest: float = 1.0) -> None:
         """Show the whole graph."""
-        self.page.evaluate(
-            """() => {
+        self._bounds = self.page.evaluate(
+            """(largest) => {
                 const bounds = [Infinity, Infinity, -Infinity, -Infinity];
                 for (const one of [...window.app.graph.nodes, ...window.app.graph.groups]) {
                     const [x, y, w, h] = one.boundingRect ?? one._bounding;
@@ -78,13 +81,29 @@ class Frontend:
                 }
                 const canvas = window.app.canvas, [left, top, margin] = [70, 110, 40];
                 const width = window.innerWidth - left - margin, height = window.innerHeight - top - 60;
-                const scale = Math.min(width / (bounds[2] - bounds[0]), height / (bounds[3] - bounds[1]), 1);
+                const scale = Math.min(width / (bounds[2] - bounds[0]), height / (bounds[3] - bounds[1]), largest);
                 canvas.ds.scale = scale;
                 canvas.ds.offset = [left / scale - bounds[0] + 10, top / scale - bounds[1] + 20];
                 canvas.setDirty(true, true);
-            }"""
+                return [bounds[0], bounds[1], bounds[2] - bounds[0], bounds[3] - bounds[1]];
+            }""",
+            largest,
         )
         self.page.wait_for_timeout(1500)
+
+    def picture(self, scale: float = 0.7, margin: int = 16) -> bytes:
+        """The graph alone as a PNG, every word legible, whatever the window's size."""
+        self.fit()
+        left, top, width, height = self._bounds
+        window = {"width": math.ceil(width * scale) + 400, "height": math.ceil(height * scale) + 400}
+        self.page.set_viewport_size(window)
+        self.fit(scale)
+        place = self.page.evaluate("() => [...window.app.canvas.ds.offset]")
+        area = {"x": scale * (left + place[0]) - margin, "y": scale * (top + place[1]) - margin}
+        area |= {"width": scale * width + 2 * margin, "height": scale * height + 2 * margin}
+        picture = self.page.screenshot(clip=area)
+        self.page.set_viewport_size({"width": self.size[0], "height": self.size[1]})
+        return picture
 
     def run(self, seconds: float = 300) -> dict:
         """Press Run and wait; returns the outputs by node. Raises RuntimeError with what the canvas would show."""
