@@ -9,6 +9,7 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ..ediffi_core.intervals import EVERYTHING, NoiseInterval
+from ..ediffi_core.timeline import Band, Timeline, draw
 from .bridge_routing import route, routing_of
 
 __all__ = ["UNITS", "announce", "draw", "is_flow", "join", "shown", "timeline"]
@@ -71,10 +72,8 @@ def sigma_range(model: Patcher) -> tuple[float, float]:
     return float(sampling.sigma_min), float(sampling.sigma_max)
 
 
-def timeline(model: Patcher, sigmas: Tensor | None = None) -> "Timeline":
+def timeline(model: Patcher, sigmas: Tensor | None = None) -> Timeline:
     """The experts of a MODEL and the steps of a schedule (S + 1,); a MODEL that is no ensemble is one expert."""
-    from ..ediffi_core.timeline import Band, Timeline
-
     routing = routing_of(model)
     if routing is None:
         bands = (Band("one model", EVERYTHING, None),)
@@ -85,12 +84,12 @@ def timeline(model: Patcher, sigmas: Tensor | None = None) -> "Timeline":
     return Timeline(bands, levels, sigma_range(model))
 
 
-def shown(timeline: "Timeline") -> dict:
+def shown(timeline: Timeline) -> dict:
     """What a node returns as `ui` for the strip under its widgets."""
     return {OUTPUT: [timeline.as_dict()]}
 
 
-def announce(timeline: "Timeline") -> None:
+def announce(timeline: Timeline) -> None:
     """Tell the canvas, before a run begins, which expert will denoise which step of the node that is executing."""
     context = get_executing_context()
     try:
@@ -102,9 +101,3 @@ def announce(timeline: "Timeline") -> None:
     if context is not None and server is not None:
         data = {"node": context.node_id, "timeline": timeline.as_dict()}
         server.send_sync(EVENT, data, server.client_id)
-
-
-def draw(timeline, width, height):
-    from ..ediffi_core.timeline import draw
-
-    return draw(timeline, width, height)

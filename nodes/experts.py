@@ -53,6 +53,7 @@ class ExpertEnsemble(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="EDiffI_ExpertEnsemble",
+            has_intermediate_output=True,  # what it shows is sent again when the run is cached
             display_name="eDiff-I Expert Ensemble",
             category="eDiff-I/experts",
             description="Joins MODELs to one that any sampler runs like a single model: the noise level of each call decides "

@@ -13,6 +13,7 @@ class PaintWithWords(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="EDiffI_PaintWithWords",
+            has_intermediate_output=True,  # what it shows is sent again when the run is cached
             display_name="eDiff-I Paint With Words",
             category="eDiff-I/regions",
             description="Paint where phrases of the prompt should appear. One prompt, any number of regions, no training.",

@@ -86,6 +86,7 @@ class KSampler(io.ComfyNode):
         stochastic = ", ".join(bridge.CHURNING)
         return io.Schema(
             node_id="EDiffI_KSampler",
+            has_intermediate_output=True,  # what it shows is sent again when the run is cached
             display_name="eDiff-I KSampler",
             category="eDiff-I/sampling",
             description="KSampler with EDM's schedule and churn, in which an image depends on its seed and not on its batch.",

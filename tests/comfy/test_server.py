@@ -141,3 +141,10 @@ def test_a_missing_expert_is_an_error_before_anything_runs(server):
     result = server.run(graph)
     assert result.status != "success"
     assert "experts.expert_2" in result.error
+
+
+def test_a_cached_run_shows_the_same_again(server):
+    """A page that was loaded anew gets the strip back from the cache."""
+    graph = prompt(seed=11)
+    first = server.run(graph).outputs["6"]["ediffi_timeline"]
+    assert server.run(graph).outputs["6"]["ediffi_timeline"] == first
