@@ -34,6 +34,7 @@ class UNetConfig:
     image_width: int = 768  # projected CLIP image embedding
     image_channels: int = 3
     patch: int = 1  # fold this many pixels a side into channels before the first layer; 1 in the paper
+    waves: int = 0  # octaves of sine waves of x and of y that the first layer also sees; ours, none in the paper
     norm_groups: int = 32
     dropout: float = 0.0
 
@@ -92,6 +93,22 @@ PRESETS = {
         norm_groups=4,
     ),
 }
+
+
+def position_waves(height: int, width: int, octaves: int, device=None) -> Tensor:
+    """Where each cell lies, as sine waves: (4 octaves, height, width) float32.
+
+    x and y run from -1 to 1 from edge to edge, and the first wave is half a period long, so all sizes share one frame.
+    Without it a small network learns positions only from the zeros that its convolutions see beyond the edges.
+    """
+    frequencies = math.pi / 2 * 2 ** torch.arange(octaves, dtype=torch.float32, device=device)[:, None]
+    waves = []
+    for side in (width, height):
+        centres = (2 * torch.arange(side, dtype=torch.float32, device=device) + 1) / side - 1
+        angles = frequencies * centres
+        waves.append(torch.cat([angles.sin(), angles.cos()]))  # (2 octaves, side)
+    x, y = waves
+    return torch.cat([x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)])
 
 
 class NoiseEmbedding(nn.Module):
@@ -206,7 +223,7 @@ class UNet(nn.Module):
         pixels = config.image_channels * config.patch**2
         build = dict(config=config, operations=operations, **factory)
 
-        self.stem = operations.Conv2d(pixels, widths[0], 3, padding=1, **factory)
+        self.stem = operations.Conv2d(pixels + 4 * config.waves, widths[0], 3, padding=1, **factory)
         self.down = nn.ModuleList()
         skips = [widths[0]]  # widths of the features that the way up will meet again
         width = widths[0]
@@ -294,7 +311,11 @@ class UNet(nn.Module):
         embedding = self.embedding(c_noise, conditioning, x.dtype)
         context, bias = self.context(conditioning, x.dtype)
 
-        h = self.stem(F.pixel_unshuffle(x, self.config.patch))  # (B, C, H/patch, W/patch)
+        h = F.pixel_unshuffle(x, self.config.patch)
+        if self.config.waves:
+            where = position_waves(*h.shape[2:], self.config.waves, h.device).to(h.dtype)
+            h = torch.cat([h, where.expand(len(h), -1, -1, -1)], dim=1)
+        h = self.stem(h)  # (B, C, H/patch, W/patch)
         skips = [h]
         for block in self.down:
             h = block(h, embedding, context, bias, attend) if isinstance(block, Block) else block(h, embedding)

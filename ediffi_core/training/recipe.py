@@ -49,6 +49,7 @@ class Dropout:
     """How often each embedding is dropped, independently (eDiff-I, Sec. 4.2; the rates are not in its text)."""
 
     clip: float = 0.2
+    pooled: float = 0.0  # the pooled CLIP text alone, tokens kept: what appears where is then only in the tokens; ours
     t5: float = 0.25
     image: float = 0.9
 

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +73,7 @@ class Trainer:
         self.folder = Path(folder)
         with torch.random.fork_rng():  # layers draw their first weights from the global generator; leave it as it was
             torch.manual_seed(self._seed(-1))
-            self.network = UNet(recipe.network).initialise().to(device, memory_format=torch.channels_last)
+            self.network = UNet(recipe.network).initialise().to(device)
         self.step = 0
         if node.parent is not None:
             self.network.load_state_dict(_float(read_weights(self.folder / f"{node.parent}.safetensors")))
@@ -143,10 +143,12 @@ class Trainer:
             torch.rand(batch, generator=generator) < rate for rate in (rates.clip, rates.t5, rates.image)
         )
         conditioning = conditioning.drop(clip, t5, image)
+        if rates.pooled:
+            kept = torch.rand(batch, 1, generator=generator) >= rates.pooled
+            conditioning = replace(conditioning, clip_pooled=conditioning.clip_pooled * kept)
         sigma = self.recipe.noise.sample(batch, self.node.intervals, generator).float()
         noise = torch.randn(images.shape, generator=generator)
-        images = images.to(self.device, memory_format=torch.channels_last)
-        return images, conditioning.to(self.device), sigma.to(self.device), noise.to(self.device)
+        return images.to(self.device), conditioning.to(self.device), sigma.to(self.device), noise.to(self.device)
 
     def _seed(self, index: int) -> int:
         """A seed for step `index`; distinct for each recipe seed, node seed and step."""

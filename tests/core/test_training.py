@@ -108,6 +108,16 @@ def test_each_embedding_is_dropped_at_its_own_rate(pairs, tmp_path):
     assert shares == pytest.approx([0.2, 0.5, 0.9, 0.09], abs=0.03)
 
 
+def test_pooled_text_alone_is_dropped_at_its_own_rate(pairs, tmp_path):
+    node = Node("shared", 5, 4000)
+    trainer = Trainer(recipe(node, dropout=Dropout(clip=0.2, pooled=0.5, t5=0, image=0)), node, pairs, tmp_path)
+    _, conditioning, _, _ = trainer._draw(0)
+    tokens, pooled = conditioning.clip_mask.any(1), conditioning.clip_pooled.abs().sum(1) > 0
+    assert not (pooled & ~tokens).any()
+    shares = [one.float().mean().item() for one in (tokens, pooled, tokens & ~pooled)]
+    assert shares == pytest.approx([0.8, 0.4, 0.4], abs=0.03)
+
+
 def test_the_learning_rate_rises_then_falls():
     shares = [learning_rate_share(step, 100, warmup=10, final=0.1) for step in range(100)]
     assert shares[0] == pytest.approx(0.1)

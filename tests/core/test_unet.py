@@ -11,7 +11,7 @@ from tiny import TINY, random_conditioning, tiny_network
 
 import ediffi_core
 from ediffi_core.attention import CrossAttention, SelfAttention
-from ediffi_core.unet import PRESETS, Block, UNet, UNetConfig
+from ediffi_core.unet import PRESETS, Block, UNet, UNetConfig, position_waves
 
 C_NOISE = torch.tensor([0.3, -0.5])
 
@@ -51,6 +51,39 @@ def test_the_context_is_77_clip_113_t5_1_image_and_1_null_token(conditioning):
 def test_without_any_embedding_only_the_null_token_is_shown(conditioning):
     _, bias = tiny_network().context(conditioning.only(), torch.float32)
     assert (bias[..., :-1] == -math.inf).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (3, 5), (1, 8)])
+def test_position_waves_are_sines_and_cosines_of_the_cells_centres(height, width):
+    waves = position_waves(height, width, 2)
+    assert waves.shape == (8, height, width)
+    for row in range(height):
+        for column in range(width):
+            x, y = (2 * column + 1) / width - 1, (2 * row + 1) / height - 1
+            half, whole = math.pi / 2, math.pi
+            expected = [
+                wave(frequency * at) for at in (x, y) for wave in (math.sin, math.cos) for frequency in (half, whole)
+            ]
+            assert waves[:, row, column].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_position_waves_of_all_sizes_share_one_frame():
+    """An odd multiple of a size has a cell centre wherever the size has one."""
+    torch.testing.assert_close(position_waves(4, 6, 2), position_waves(12, 18, 2)[:, 1::3, 1::3])
+
+
+def test_a_network_knows_positions_only_with_waves(conditioning):
+    """Far from the edges, plain convolutions say the same everywhere of an even image."""
+    for waves in (0, 1):
+        network = tiny_network(waves=waves, channel_mult=(1,), blocks=(1,), attention=(False,))
+        row = network(torch.zeros(2, 3, 64, 64), C_NOISE, conditioning)[0, 0, 32, 24:40]
+        assert (row.max() - row.min() > 1e-3) == bool(waves)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_preset_has_waves(name):
+    assert PRESETS[name].waves == 0
+    assert UNet(PRESETS[name], device="meta").stem.in_channels == 3 * PRESETS[name].patch ** 2
 
 
 def test_hidden_tokens_change_nothing(conditioning):
