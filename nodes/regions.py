@@ -118,7 +118,7 @@ class BindColorMap(io.ComfyNode):
                     "colors",
                     multiline=True,
                     default="#ff0000 = red circle\n#0000ff = blue square",
-                    tooltip="One line for each color: #rrggbb = phrase. A phrase may be followed by * and its strength.",
+                    tooltip="One line for each color: #rrggbb = phrase.",
                 ),
                 io.Float.Input(
                     "tolerance",
