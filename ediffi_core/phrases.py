@@ -100,7 +100,7 @@ def _folded(text: str) -> tuple[str, dict[int, int], dict[int, int]]:
     read: list[str] = []
     place, starts, stops = 0, {}, {}
     for start, stop in characters(text):
-        folded = _fold(text[start:stop])
+        folded = fold(text[start:stop])
         if folded == " " and read and read[-1] == " ":
             stops[place] = stop
         elif folded:
@@ -111,7 +111,7 @@ def _folded(text: str) -> tuple[str, dict[int, int], dict[int, int]]:
     return "".join(read), starts, stops
 
 
-def _fold(character: str) -> str:
+def fold(character: str) -> str:
     """One character as it is compared; nothing for what has no width."""
     if character.isspace():
         return " "

@@ -182,6 +182,7 @@ class PromptTokenizer(comfy.sd1_clip.SDTokenizer):
         self.lost = 0  # tokens cut from the latest prompt
 
     def tokenize_with_weights(self, text: str, return_word_ids=False, **options):
+        options.pop("tokenizer_options", None)  # they are about padding, and the length is the paper's
         (row,) = super().tokenize_with_weights(text, return_word_ids, **options)
         self.lost = max(0, len(row) - self.length)
         if self.lost:

@@ -20,12 +20,11 @@ from comfy.sd1_clip import SDTokenizer
 from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 
 from ..ediffi_core.encoders import byte_characters
-from ..ediffi_core.phrases import Range, characters
+from ..ediffi_core.phrases import Range, characters, fold
 from .bridge_conditioning import Words
 
 NOTHING: Range = (0, 0)  # the span of start, end, padding and templates
 MARKER = "\ue000"  # for private use: a prompt that no template contains
-NAMES = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}  # ComfyUI's tokens -> tokenizer and encoder; others have one name
 CUT_IN_FRONT = {"QwenImageTEModel", "OvisTEModel"}  # these leave out the columns of their template's beginning
 logger = logging.getLogger("ediffi")
 
@@ -41,9 +40,7 @@ def words_of(clip, text: str, length: int) -> Words:
     """
     try:
         return _followed(clip, text, length)
-    except (
-        Exception
-    ) as error:  # other packs' tokenizers fail in ways of their own, and the prompt is encoded all the same
+    except Exception as error:  # tokenizers of other packs fail in ways of their own, and the prompt is encoded
         logger.debug("The tokens of a prompt cannot be followed.", exc_info=error)
         return Words(plain(text), None, str(error))
 
@@ -69,8 +66,8 @@ def overheard(tokenizer: SDTokenizer) -> tuple[SDTokenizer, list[Piece]]:
     kept = slice(tokenizer.tokens_start, -1 if tokenizer.tokenizer_adds_end_token else None)  # as ComfyUI cuts them
 
     def library(text: str, encoded: dict) -> None:
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        pieces.append(Piece(text, ids[kept], offsets[kept]))
+        ids, offsets = encoded["input_ids"][kept], encoded["offset_mapping"][kept]
+        pieces.append(Piece(text, ids, _attached(text, [tokenizer.inv_vocab[i] for i in ids], offsets)))
 
     def embedding(name: str):
         vectors, *_, leftover = found = tokenizer._try_get_embedding(name)
@@ -83,6 +80,20 @@ def overheard(tokenizer: SDTokenizer) -> tuple[SDTokenizer, list[Piece]]:
     listening.tokenizer = Library(tokenizer.tokenizer, tokenizer.inv_vocab, library)
     listening._try_get_embedding = embedding
     return listening, pieces
+
+
+def _attached(text: str, tokens: Sequence[str], offsets: Sequence[Range]) -> Sequence[Range]:
+    """Of sentencepiece, whose words begin with "▁": on its own it belongs to the word, as some versions say and some do not.
+
+    And of the parts of one character, such as its bytes, only the last knows its place.
+    """
+    if not any(token.startswith("▁") for token in tokens):
+        return offsets
+    offsets = list(offsets)
+    for i in reversed(range(len(offsets) - 1)):
+        if not text[slice(*offsets[i])].strip() and not tokens[i + 1].startswith("▁"):
+            offsets[i] = offsets[i + 1]
+    return offsets
 
 
 class Library:
@@ -103,7 +114,8 @@ class Library:
             if isinstance(self.tokenizer, SPieceTokenizer):
                 encoded["offset_mapping"] = sentencepiece_offsets(self.tokenizer.tokenizer, text, ids)
             else:
-                encoded["offset_mapping"] = byte_offsets(text, [self.vocabulary[i] for i in ids])
+                clip = "a</w>" in self.vocabulary.values()
+                encoded["offset_mapping"] = byte_offsets(text, [self.vocabulary[i] for i in ids], clip)
         self.heard(text, encoded)
         return encoded
 
@@ -117,42 +129,44 @@ def sentencepiece_offsets(processor, text: str, ids: Sequence[int]) -> list[Rang
     try:
         encoded = processor.encode(text, out_type="offset_mapping", **bare)
         found, offsets = list(encoded["ids"]), list(encoded["offsets"])
-    except RuntimeError:  # sentencepiece before 0.2.2
+    except (RuntimeError, ValueError):  # older versions, such as 0.2.0
         encoded = processor.encode(text, out_type="immutable_proto", **bare)
         found, offsets = [one.id for one in encoded.pieces], [(one.begin, one.end) for one in encoded.pieces]
-    for i in reversed(range(len(offsets) - 1)):  # of the bytes of one character, only the last has its place
-        (start, stop), (next_start, _) = offsets[i : i + 2]
-        if start == stop == next_start:
-            offsets[i] = offsets[i + 1]
     before = next((i for i in (0, 1) if list(ids[i : i + len(found)]) == found), None)
     if before is None:
         raise Untraceable("sentencepiece gives the prompt other tokens than ComfyUI")
     return [NOTHING] * before + offsets + [NOTHING] * (len(ids) - before - len(found))
 
 
-def byte_offsets(text: str, tokens: Sequence[str]) -> list[Range]:
-    """Of byte-level BPE, whose tokens spell the bytes of the text; CLIP's in lower case. White space does not count."""
-    clip = any(token.endswith("</w>") for token in tokens)
-    special = ("<|startoftext|>", "<|endoftext|>") if clip else ()
-    value = {c: i for i, c in zip(_byte_order(), byte_characters(), strict=True)}
-    written, owners = bytearray(), []
+def byte_offsets(text: str, tokens: Sequence[str], clip: bool) -> list[Range]:
+    """Of byte-level BPE, whose tokens spell the bytes of the text, without regard to white space.
+
+    CLIP spells capitals small and, where ftfy is installed, quotation marks straight.
+    """
+    value = dict(zip(byte_characters(), _byte_order(), strict=True))
+    spelled, owners = bytearray(), []
+    for i, token in enumerate(tokens):
+        if not clip or token not in ("<|startoftext|>", "<|endoftext|>"):
+            letters = bytes(value[c] for c in token.removesuffix("</w>" if clip else ""))
+            letters = bytes(b for b in letters if not bytes([b]).isspace())
+            spelled += letters
+            owners += [i] * len(letters)
+
+    offsets, place = [NOTHING] * len(tokens), 0
     for start, stop in characters(text):
         character = unicodedata.normalize("NFC", text[start:stop])
         if character.isspace() and (clip or character.isascii()):
             continue
-        spelled = (character.lower() if clip else character).encode()
-        written += spelled
-        owners += [(start, stop)] * len(spelled)
-
-    offsets, place = [], 0
-    for token in tokens:
-        spelled = bytes(value[c] for c in token.removesuffix("</w>" if clip else ""))
-        spelled = b"" if token in special else bytes(b for b in spelled if not chr(b).isspace() or b > 0x7F)
-        if written[place : place + len(spelled)] != spelled:
+        forms = (character.lower(), fold(character)) if clip else (character,)
+        forms = [b"".join(form.encode().split()) for form in forms]
+        form = next((form for form in forms if spelled.startswith(form, place)), None)
+        if form is None:
             raise Untraceable("the tokenizer's tokens do not spell the prompt")
-        owned = owners[place : place + len(spelled)]
-        offsets.append((owned[0][0], owned[-1][1]) if owned else NOTHING)
-        place += len(spelled)
+        for i in owners[place : place + len(form)]:
+            offsets[i] = (start if offsets[i] == NOTHING else offsets[i][0], stop)
+        place += len(form)
+    if place < len(spelled):
+        raise Untraceable("the tokenizer's tokens spell more than the prompt")
     return offsets
 
 
@@ -208,9 +222,9 @@ def spans_of(rows: Sequence[list], groups: Sequence[list[tuple]], width: int) ->
 def _followed(clip, text: str, length: int) -> Words:
     model = getattr(clip, "cond_stage_model", None)
     kind, groups = _token_axis(model)
-    names = {key: NAMES.get(key, key) for group in groups for key in group}
-    tokens, pieces, templates = _listened(clip, text, names)
-    widths = {key: getattr(model, name).transformer.get_input_embeddings().embedding_dim for key, name in names.items()}
+    keys = [key for group in groups for key in group]
+    tokens, pieces, templates = _listened(clip, text, keys)
+    widths = {key: _part(model, key)[1].transformer.get_input_embeddings().embedding_dim for key in keys}
 
     # language models read the brackets of weights as text, and a prompt may bring its own template
     unweighted = comfy.sd1_clip.unescape_important(comfy.sd1_clip.escape_important(text))
@@ -220,28 +234,32 @@ def _followed(clip, text: str, length: int) -> Words:
         try:
             spans = {
                 key: spans_of(tokens[key], placed(pieces[key], words, *(templates[key] if framed else ())), widths[key])
-                for key in names
+                for key in keys
             }
         except Untraceable as error:
             problem = problem or error
             continue
         columns = [span for group in groups for span in _shared([spans[key] for key in group])]
         cut = len(columns) - length
-        if cut and (kind not in CUT_IN_FRONT or cut < 0 or any(span != NOTHING for span in columns[:cut])):
+        if cut and (kind not in CUT_IN_FRONT or cut < 0):
             raise Untraceable(f"{kind} made {length} columns of {len(columns)} tokens")
         return Words(words, tuple(columns[cut:]))
     raise problem
 
 
-def _listened(
-    clip, text: str, names: dict[str, str]
-) -> tuple[dict, dict[str, list[Piece]], dict[str, tuple[str, str]]]:
+def _part(owner, key: str):
+    """(name, value) of the tokenizer or encoder for a key of ComfyUI's tokens; None for a part that is not there."""
+    name = next((name for name in (key, f"clip_{key}") if hasattr(owner, name)), key)
+    return name, getattr(owner, name, None)
+
+
+def _listened(clip, text: str, keys: Sequence[str]) -> tuple[dict, dict[str, list[Piece]], dict[str, tuple[str, str]]]:
     """By key of ComfyUI's tokens: the prompt's tokens with word ids, its pieces, and what a template puts around it."""
     listening = copy.copy(clip)
     listening.tokenizer = copy.copy(clip.tokenizer)
     pieces = {}
-    for key, name in names.items():
-        tokenizer = getattr(clip.tokenizer, name, None)
+    for key in keys:
+        name, tokenizer = _part(clip.tokenizer, key)
         if not isinstance(tokenizer, SDTokenizer):
             raise Untraceable(f"{type(clip.tokenizer).__name__} holds no tokenizer of ComfyUI for {name}")
         copied, pieces[key] = overheard(tokenizer)
@@ -264,10 +282,7 @@ def _token_axis(model) -> tuple[str, list[tuple[str, ...]]]:
     if kind == "FluxClipModel":
         return kind, [("t5xxl",)]
     if kind == "SD3ClipModel":
-        there = [
-            tuple(key for key in keys if getattr(model, NAMES.get(key, key)) is not None)
-            for keys in (("l", "g"), ("t5xxl",))
-        ]
+        there = [tuple(key for key in keys if _part(model, key)[1] is not None) for keys in (("l", "g"), ("t5xxl",))]
         return kind, [keys for keys in there if keys]
     raise Untraceable(f"the text encoder {kind} is not known")
 
