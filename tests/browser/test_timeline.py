@@ -297,7 +297,8 @@ def test_the_strip_stays_with_its_workflow_when_tabs_are_switched(strip, fronten
     assert strip.seen(SAMPLER)["states"] == "c" + "w" * 7
     tab = "() => app.extensionManager.workflow.activeWorkflow.path"
     first = frontend.page.evaluate(tab)
-    frontend.page.evaluate("workflow => app.loadGraphData(workflow)", WORKFLOW)
+    another = "workflow => app.loadGraphData({ ...workflow, id: crypto.randomUUID() })"  # a saved file has its own
+    frontend.page.evaluate(another, WORKFLOW)
     frontend.page.wait_for_function(f"first => ({tab})() !== first", arg=first)
     strip.progress(SAMPLER, 5, 8)
     strip.settle()
