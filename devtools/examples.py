@@ -3,7 +3,7 @@
     python -m devtools.examples [name ...]        (in the environment that dev.py makes; needs Chromium and ComfyUI)
 
 What the pack's own weights can run is run, and its pictures are the preview. The others name files that are not here; stand-ins
-of random weights fill the lists, and the preview shows the graph.
+of random weights fill the lists, and the preview shows the graph, or the node that the example is about.
 """
 
 import io
@@ -11,21 +11,41 @@ import json
 import os
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
-from .comfyui import Server, find_comfyui
+from PIL import Image
+
+from . import graphs, painting_graphs
+from .comfyui import PACK_NAME, Server, find_comfyui
 from .frontend import Frontend
-from .graphs import EXAMPLES, Columns, files_of
+from .graphs import Columns, files_of
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "example_workflows"
 IMAGES = ROOT / "docs" / "images"
 STAND_INS = ROOT / "tests" / "support"
+EXAMPLES = graphs.EXAMPLES | painting_graphs.EXAMPLES
+PAINTER = f"/extensions/{PACK_NAME}/painter_core.js"
+SHOWS = ("SaveImage", "SaveVideo", "PreviewImage", "MaskPreview")
+SIDE = 384  # of a picture in a thumbnail
 
-BUILD = """(columns) => {
+# Makes the graph and returns the ids of its nodes by their names.
+BUILD = """async ([columns, painter, id]) => {
+    const { Painting } = await import(painter);
+    const painted = ({ size, phrases }) => {
+        const painting = new Painting(...size);
+        for (const { phrase, brush, strokes } of phrases) {
+            const pen = painting.pen(painting.add(phrase));
+            for (const stroke of strokes)
+                stroke.forEach((to, i) => painting.line(pen, stroke[Math.max(0, i - 1)], to, brush, brush));
+        }
+        return painting.toString();
+    };
     const GAP = 60, TITLE = 40, graph = window.app.graph, made = {};
     window.app.clean();
     graph.clear();
+    graph.id = id; // the frontend keeps values of widgets under it, and would give them to the next workflow's nodes
     let left = 40;
     for (const column of columns) {
         let top = 40, widest = 0;
@@ -38,7 +58,7 @@ BUILD = """(columns) => {
             for (const [widget, value] of Object.entries(widgets)) {
                 const found = node.widgets.find((one) => one.name === widget) ?? (widget === "text" && node.widgets[0]);
                 if (!found) throw new Error(`${type} has no widget ${widget}`);
-                found.value = value;
+                found.value = widget === "painting" ? painted(value) : value;
             }
             for (const [input, source] of Object.entries(inputs)) {
                 const [origin, output] = source.split("."), socket = node.findInputSlot(input);
@@ -55,6 +75,12 @@ BUILD = """(columns) => {
         }
         left += widest + GAP;
     }
+    return Object.fromEntries(Object.entries(made).map(([name, node]) => [name, node.id]));
+}"""
+PLACE = """(id) => {
+    const boxes = window.app.graph.nodes.map((node) => node.boundingRect);
+    const [x, y, width, height] = window.app.graph.getNodeById(id).boundingRect;
+    return [x - Math.min(...boxes.map((box) => box[0])), y - Math.min(...boxes.map((box) => box[1])), width, height];
 }"""
 
 
@@ -70,18 +96,26 @@ def main(names: list[str]) -> None:
         ):
             for name in names or EXAMPLES:
                 columns = EXAMPLES[name]
-                frontend.page.evaluate(BUILD, described(columns))
+                ids = frontend.page.evaluate(BUILD, [described(columns), PAINTER, workflow_id(name)])
                 frontend.fit()
                 workflow = frontend.workflow()
                 (FOLDER / f"{name}.json").write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
                 if files_of(columns):
-                    pictures = [frontend.picture()]
+                    thumbnail = look(frontend, [ids[name] for name in marked(columns)])
                 else:
                     server.request("/free", {"free_memory": True})  # a node whose result is kept shows nothing
                     outputs = frontend.run()
-                    images = [image for node in sorted(outputs, key=int) for image in outputs[node].get("images", [])]
-                    pictures = [server.picture(image) for image in images]
-                preview(pictures, FOLDER / f"{name}.jpg")
+                    silent = [
+                        node["type"]
+                        for node in workflow["nodes"]
+                        if node["type"] in SHOWS and str(node["id"]) not in outputs
+                    ]
+                    if silent:  # the server refuses a part of a graph and runs the rest
+                        sys.exit(f"{name} shows no picture in {', '.join(silent)}.\n{server.end_of_log()}")
+                    shown = [ids[name] for name in [*marked(columns), *saving(columns)]]
+                    images = [image for node in shown for image in outputs[str(node)]["images"]]
+                    thumbnail = row([server.picture(image) for image in images])
+                thumbnail.save(FOLDER / f"{name}.jpg", quality=92)
                 frontend.fit()
                 (IMAGES / f"{name}.png").write_bytes(frontend.picture())
                 print(f"{name}: {sum(map(len, columns))} nodes", flush=True)
@@ -91,14 +125,16 @@ def main(names: list[str]) -> None:
 
 def place_stand_ins(base: Path) -> None:
     """What the examples need and the pack does not bring, in a server's folder: weights, and the picture that ComfyUI brings."""
-    from PIL import Image
-
     sys.path.insert(0, str(STAND_INS))
     import stand_ins
 
     stand_ins.install(base / "custom_nodes")
     (base / "input").mkdir()
     Image.open(FOLDER / "01 Text to image.jpg").save(base / "input" / "example.png")
+
+
+def workflow_id(name: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK_NAME}/example_workflows/{name}"))
 
 
 def described(columns: Columns) -> list[dict]:
@@ -119,20 +155,41 @@ def described(columns: Columns) -> list[dict]:
     ]
 
 
-def preview(pictures: list[bytes], path: Path, side: int = 384) -> None:
-    """The thumbnail that the template browser shows: the pictures beside each other, enlarged without smoothing if small."""
-    from PIL import Image
+def marked(columns: Columns) -> list[str]:
+    return [name for column in columns for name, node in column.items() if node.thumbnail]
 
+
+def saving(columns: Columns) -> list[str]:
+    return [name for column in columns for name, node in column.items() if node.type == "SaveImage"]
+
+
+def row(pictures: list[bytes]) -> Image.Image:
+    """The pictures beside each other at one height, enlarged without smoothing if small."""
     images = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures]
-    row = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
+    images = [
+        image.resize(
+            (round(SIDE * image.width / image.height), SIDE),
+            Image.Resampling.NEAREST if image.height < SIDE else Image.Resampling.LANCZOS,
+        )
+        for image in images
+    ]
+    made = Image.new("RGB", (sum(image.width for image in images), SIDE))
     for place, image in enumerate(images):
-        row.paste(image, (sum(before.width for before in images[:place]), 0))
-    scale = side // max(images[0].size)
-    if scale > 0:
-        row = row.resize((row.width * scale, row.height * scale), Image.Resampling.NEAREST)
-    else:
-        row.thumbnail((2 * side, 2 * side), Image.Resampling.LANCZOS)
-    row.save(path, quality=92)
+        made.paste(image, (sum(before.width for before in images[:place]), 0))
+    return made
+
+
+def look(frontend: Frontend, nodes: list[int]) -> Image.Image:
+    """The canvas, or a part of it that holds these nodes."""
+    margin = 16
+    image = Image.open(io.BytesIO(frontend.picture(1.0 if nodes else 0.7, margin))).convert("RGB")
+    if nodes:
+        places = [frontend.page.evaluate(PLACE, node) for node in nodes]
+        left, top = (min(place[axis] for place in places) for axis in (0, 1))
+        right, bottom = (max(place[axis] + place[axis + 2] for place in places) for axis in (0, 1))
+        image = image.crop((left, top, right + 2 * margin, bottom + 2 * margin))
+    image.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
+    return image
 
 
 if __name__ == "__main__":

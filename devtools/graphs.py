@@ -26,6 +26,7 @@ class Node:
     title: str | None = None
     size: tuple[int, int] = (320, 0)  # at least
     files: tuple[File, ...] = ()
+    thumbnail: bool = False  # its pictures stand beside the saved ones; where nothing is run, how it looks
 
 
 Columns = tuple[dict[str, Node], ...]
@@ -113,6 +114,22 @@ def text(title: str, words: str, clip: str) -> Node:
     return Node("CLIPTextEncode", {"text": words}, {"clip": clip}, title, (400, 160))
 
 
+def loaders() -> dict[str, Node]:
+    """Of the demo family."""
+    return {
+        "ensemble": Node("EDiffI_LoadEnsemble", {"ensemble": "shapeworld-base"}),
+        "encoders": Node("EDiffI_LoadEncoders", {"encoders": "shapeworld"}),
+    }
+
+
+def encode(words: str, title: str, height: int = 160) -> Node:
+    return Node("EDiffI_TextEncode", {"text": words}, {"clip": "encoders"}, title, (400, height))
+
+
+def empty_image(width: int = 320) -> Node:
+    return Node("EDiffI_EmptyImage", {"width": 64, "height": 64, "batch_size": 1}, size=(width, 0))
+
+
 def ensemble(experts: list[str], **widgets) -> Node:
     inputs = {f"experts.expert_{number}": name for number, name in enumerate(experts, 1)}
     size = (360, 200 + STRIP)
@@ -148,22 +165,11 @@ TEXT_TO_IMAGE = (
             size=(400, 300),
         )
     },
+    loaders(),
     {
-        "ensemble": Node("EDiffI_LoadEnsemble", {"ensemble": "shapeworld-base"}),
-        "encoders": Node("EDiffI_LoadEncoders", {"encoders": "shapeworld"}),
-    },
-    {
-        "positive": Node(
-            "EDiffI_TextEncode",
-            {"text": "a large red circle on a white background"},
-            {"clip": "encoders"},
-            "Prompt",
-            (400, 200),
-        ),
-        "negative": Node(
-            "EDiffI_TextEncode", {"text": ""}, {"clip": "encoders"}, "Negative: empty is no text at all", (400, 200)
-        ),
-        "empty": Node("EDiffI_EmptyImage", {"width": 64, "height": 64, "batch_size": 1}, size=(400, 0)),
+        "positive": encode("a large red circle on a white background", "Prompt", 200),
+        "negative": encode("", "Negative: empty is no text at all", 200),
+        "empty": empty_image(400),
     },
     {"sampler": sampler(10, 12, 5.0, "heun", "edm", model="ensemble")},
     {"decode": decode("ensemble.vae"), "save": save()},
@@ -185,27 +191,11 @@ PROMPT_PER_EXPERT = (
             "files: the demo family comes with the pack.",
         )
     },
+    loaders() | {"empty": empty_image()},
     {
-        "ensemble": Node("EDiffI_LoadEnsemble", {"ensemble": "shapeworld-base"}),
-        "encoders": Node("EDiffI_LoadEncoders", {"encoders": "shapeworld"}),
-        "empty": Node("EDiffI_EmptyImage", {"width": 64, "height": 64, "batch_size": 1}),
-    },
-    {
-        "first": Node(
-            "EDiffI_TextEncode",
-            {"text": "a large red circle on a white background"},
-            {"clip": "encoders"},
-            "First prompt",
-            (400, 160),
-        ),
-        "second": Node(
-            "EDiffI_TextEncode",
-            {"text": "a large blue square on a black background"},
-            {"clip": "encoders"},
-            "Second prompt",
-            (400, 160),
-        ),
-        "negative": Node("EDiffI_TextEncode", {"text": ""}, {"clip": "encoders"}, "Negative", (400, 140)),
+        "first": encode("a large red circle on a white background", "First prompt"),
+        "second": encode("a large blue square on a black background", "Second prompt"),
+        "negative": encode("", "Negative", 140),
     },
     {
         name: Node(
@@ -230,6 +220,68 @@ PROMPT_PER_EXPERT = (
             "SaveImage", {"filename_prefix": f"eDiff-I {name}"}, {"images": f"decode_{name}"}, title, (260, 300)
         )
         for name, title in (("plain", "1. First prompt"), ("late", "2. Late"), ("early", "3. Early"))
+    },
+)
+
+EDM = (
+    {
+        "note": note(
+            "EDM's sampler and schedule",
+            "## The sampler in its parts\n\n"
+            "**eDiff-I KSampler** in pieces, for **SamplerCustom**: **KarrasScheduler** gives the noise levels of EDM, from "
+            "80 to 0.002 with rho 7; **eDiff-I EDM Sampler** goes down them with a little fresh noise before each step "
+            "(s_churn). **eDiff-I Ensemble Timeline** draws which expert denoises which step.\n\n"
+            "Both pictures are pulled hard, with cfg 15, which drives pixels far beyond black and white until the first falls "
+            "apart. The second goes through **eDiff-I Dynamic Thresholding**, which brings them back at every step. Its "
+            "**maximum** of 1 only cuts them; above that the picture is scaled as well, and with this family turns gray.\n\n"
+            "It needs no files: the demo family comes with the pack.",
+            size=(400, 360),
+        )
+    },
+    loaders() | {"empty": empty_image()},
+    {
+        "positive": encode("a large red circle on a white background", "Prompt"),
+        "negative": encode("", "Negative: empty is no text at all"),
+    },
+    {
+        "sigmas": Node(
+            "KarrasScheduler",
+            {"steps": 12, "sigma_max": 80.0, "sigma_min": 0.002, "rho": 7.0},
+            title="EDM's noise levels",
+        ),
+        "edm": Node("EDiffI_EDMSampler", {"solver": "heun", "s_churn": 2.0}),
+        "thresholded": Node(
+            "EDiffI_DynamicThresholding", {"percentile": 0.995, "maximum": 1.0}, {"model": "ensemble"}, size=(340, 0)
+        ),
+        "timeline": Node("EDiffI_EnsembleTimeline", {}, {"model": "ensemble", "sigmas": "sigmas"}),
+    },
+    {
+        f"sampler_{name}": Node(
+            "SamplerCustom",
+            {"add_noise": True, "noise_seed": 8, "control_after_generate": "fixed", "cfg": 15.0},
+            {
+                "model": model,
+                "positive": "positive",
+                "negative": "negative",
+                "sampler": "edm",
+                "sigmas": "sigmas",
+                "latent_image": "empty",
+            },
+            title,
+            (340, 0),
+        )
+        for name, model, title in (
+            ("plain", "ensemble", "cfg 15"),
+            ("thresholded", "thresholded", "cfg 15, thresholded"),
+        )
+    }
+    | {"shown": Node("PreviewImage", {}, {"images": "timeline"}, "Who denoises which step", (520, 260))},
+    {f"decode_{name}": decode("ensemble.vae", f"sampler_{name}") for name in ("plain", "thresholded")},
+    {
+        f"save_{name}": Node(
+            "SaveImage", {"filename_prefix": f"eDiff-I {name}"}, {"images": f"decode_{name}"}, title, (300, 340)
+        )
+        for name, title in (("plain", "cfg 15"), ("thresholded", "cfg 15, thresholded"))
     },
 )
 
@@ -410,4 +462,5 @@ EXAMPLES = {
     "Experts - Wan 2.2 image to video": wan(
         "i2v", "image to video", 0.9, 5.0, (3.5, 3.5), "The camera slowly moves closer, soft wind, clouds drift by"
     ),
+    "Sampling - EDM and timeline": EDM,
 }
