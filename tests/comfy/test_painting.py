@@ -415,6 +415,28 @@ def test_weights_of_half_precision(families, obeying, paint, predict, dtype, nam
     torch.testing.assert_close(half[0], full[0], rtol=0.1, atol=0.2)
 
 
+def test_weights_of_8_bits(families, obeying, paint, predict):
+    """Stored in float8, cast for each layer, as ComfyUI runs them."""
+    import comfy.supported_models as supported
+    import families as module
+
+    family = families["sd15"]
+    full = family.model(1)
+    config = supported.SD15({**supported.SD15.unet_config, **module.SD_UNET, "model_channels": 32, "context_dim": 14, "dtype": torch.float8_e4m3fn})  # fmt: skip
+    config.set_inference_dtype(torch.float8_e4m3fn, torch.float32)
+    small = config.get_model({})
+    weights = {name: weight.to(torch.float8_e4m3fn) for name, weight in full.model.diffusion_model.state_dict().items()}
+    small.diffusion_model.load_state_dict(weights, assign=True)
+    assert {weight.dtype for weight in small.diffusion_model.parameters()} == {torch.float8_e4m3fn}
+    small = module.patcher(small)
+    painted, plain = paint(family.conditioning(1), *REGIONS), family.conditioning(1)
+    ours = predict(obeying(small), painted, family.conditioning(2), family.image())
+    unpainted = predict(small, plain, family.conditioning(2), family.image())
+    assert finite(*ours)
+    assert torch.equal(ours[1], unpainted[1])
+    torch.testing.assert_close(ours[0], predict(obeying(full), painted, family.conditioning(2), family.image())[0], rtol=0.2, atol=0.3)  # fmt: skip
+
+
 def attn2_of(model, patch):
     clone = model.clone()
     for block in (("middle", 0), ("middle", 1)):
