@@ -7,7 +7,6 @@ that call, puts an override in front of the attention backend. The override know
 are between image and text, and where the tokens of each lie. Rows without regions go the way they always went.
 """
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,14 +21,13 @@ from torch import Tensor
 from ..ediffi_core.attention_maps import AttentionMaps, shares
 from ..ediffi_core.conditioning import CLIP_LENGTH, T5_LENGTH
 from ..ediffi_core.paint_with_words import WHOLE, PaintSettings, Region, Regions, bias, flow_sigma
+from .bridge_conditioning import LENGTH
 
 Patcher = comfy.model_patcher.ModelPatcher
 Kind = comfy.patcher_extension.WrappersMP
 KEY = "ediffi_paint"  # of the wrappers, and of the settings among the transformer options
 REGIONS = "ediffi_regions"  # of a conditioning's painted regions
 RECORDING = "ediffi_recording"  # among the transformer options: a Recording
-LENGTH = CLIP_LENGTH + T5_LENGTH
-logger = logging.getLogger("ediffi")
 
 
 # ------------------------------------------------------------------------------------------------ the CONDITIONING

@@ -124,3 +124,26 @@ def positive(pack):
 def negative(pack):
     """Nothing is known: the paper's unconditional branch."""
     return [[torch.zeros(1, 190, 14), {"pooled_output": torch.zeros(1, 10)}]]
+
+
+@pytest.fixture
+def second_device(pack, monkeypatch):
+    """Experts on a device with a name of its own and `free` bytes: ComfyUI's memory management at work on the CPU."""
+    import comfy.model_management as management
+
+    free, cpu = [1e12], torch.device("cpu")
+
+    def free_memory(device=None, torch_free_too=False):
+        used = sum(loaded.model_loaded_memory() for loaded in management.current_loaded_models if loaded.model)
+        left = max(1, free[0] - used)
+        return (left, left) if torch_free_too else left
+
+    monkeypatch.setattr(management, "get_free_memory", free_memory)
+    monkeypatch.setattr(management, "minimum_inference_memory", lambda: 0)
+    monkeypatch.setattr(management, "extra_reserved_memory", lambda: 0)
+    monkeypatch.setattr(management, "is_device_cpu", lambda device: device == cpu)
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NORMAL_VRAM)
+    monkeypatch.setattr(pack.module("bridge_model").EDiffIModel, "memory_required", lambda *_, **__: 0)
+    management.unload_all_models()
+    yield free
+    management.unload_all_models()

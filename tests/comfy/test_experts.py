@@ -280,29 +280,6 @@ def test_compiling_the_ensemble_compiles_every_expert(join, run, monkeypatch):
     assert len(set(compiled)) == 3
 
 
-@pytest.fixture
-def second_device(pack, monkeypatch):
-    """Experts on a device with a name of its own and `free` bytes: ComfyUI's memory management at work on the CPU."""
-    import comfy.model_management as management
-
-    free, cpu = [1e12], torch.device("cpu")
-
-    def free_memory(device=None, torch_free_too=False):
-        used = sum(loaded.model_loaded_memory() for loaded in management.current_loaded_models if loaded.model)
-        left = max(1, free[0] - used)
-        return (left, left) if torch_free_too else left
-
-    monkeypatch.setattr(management, "get_free_memory", free_memory)
-    monkeypatch.setattr(management, "minimum_inference_memory", lambda: 0)
-    monkeypatch.setattr(management, "extra_reserved_memory", lambda: 0)
-    monkeypatch.setattr(management, "is_device_cpu", lambda device: device == cpu)
-    monkeypatch.setattr(management, "vram_state", management.VRAMState.NORMAL_VRAM)
-    monkeypatch.setattr(pack.module("bridge_model").EDiffIModel, "memory_required", lambda *_, **__: 0)
-    management.unload_all_models()
-    yield free
-    management.unload_all_models()
-
-
 @pytest.mark.parametrize(("room", "ahead"), [(3.5, True), (1.5, False)], ids=["room for all", "room for one"])
 def test_the_next_expert_is_loaded_ahead_where_there_is_room(
     pack, ensembles, run, loads, second_device, monkeypatch, room, ahead
