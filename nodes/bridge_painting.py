@@ -7,6 +7,7 @@ that call, puts an override in front of the attention backend. The override know
 are between image and text, and where the tokens of each lie. Rows without regions go the way they always went.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,18 +57,13 @@ class Painted:
                     f"The mask of {region.phrase!r} holds {len(region.mask)} pictures, but {batch_size} are sampled. Give "
                     f"one mask, or one for each picture."
                 )
-        result = self._copy()
+        result = copy.copy(self)
         result.rows = batch_size
         if area is not None:  # (.., h, w, .., y, x), of which only the last two dimensions are painted
             dimensions = len(area) // 2
             (height, width), (h, w) = self.size_of_latent, area[dimensions - 2 : dimensions]
             y, x = area[2 * dimensions - 2 :]
             result.box = (y / height, x / width, (y + h) / height, (x + w) / width)
-        return result
-
-    def _copy(self) -> "Painted":
-        result = Painted(self.regions, self.length)
-        result.size_of_latent, result.box, result.rows = self.size_of_latent, self.box, self.rows
         return result
 
     def can_concat(self, other) -> bool:
@@ -275,6 +271,7 @@ class Call:
         rows = [range(start, start + chunk.rows) for start, chunk in zip(starts, chunks, strict=True)]
         self.chunks = [(chunk, row) for chunk, row in zip(chunks, rows, strict=True) if chunk.regions]
         self.painted = [row for _, rows in self.chunks for row in rows]
+        self.tokens = [self._tokens(chunk).to(x.device) for chunk, _ in self.chunks]  # for all layers
 
     def installed(self, options: dict, weight: float, scale: str, recording: "Recording | None" = None) -> dict:
         """Options with the override in front of whatever is there; `options` is not changed."""
@@ -342,18 +339,22 @@ class Call:
         keys, k = k.shape[-2], _by_heads(k[..., place.text, :], heads, arguments)
         if k.shape[1] < q.shape[1]:  # grouped queries
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        maps = torch.cat([self._map(chunk, place, q.device) for chunk, _ in self.chunks])
+        pairs = zip(self.chunks, self.tokens, strict=True)
+        maps = torch.cat([self._map(chunk, tokens, place) for (chunk, _), tokens in pairs])
         if place.frames > 1:
             maps = maps.repeat(1, place.frames, 1)
         hidden = _hidden(mask, place)
         added = bias(q, k, maps, self.weight, self.scale, hidden, arguments.get("scale"))
         return torch.nn.functional.pad(added, (place.text.start, keys - place.text.stop))
 
-    def _map(self, chunk: Painted, place: Place, device) -> Tensor:
-        """A of one conditioning, (rows, h w, text tokens)."""
+    def _tokens(self, chunk: Painted) -> Tensor:
+        """(regions, text tokens): the strength of each region of one conditioning at its tokens."""
         tokens = chunk.regions.tokens(chunk.length, lambda columns: self.family.columns(columns, chunk.length))
-        tokens = tokens.repeat(1, self.length // chunk.length).to(device)
-        return (chunk.regions.masks(place.grid, chunk.box, device) @ tokens).expand(chunk.rows, -1, -1)
+        return tokens.repeat(1, self.length // chunk.length)
+
+    def _map(self, chunk: Painted, tokens: Tensor, place: Place) -> Tensor:
+        """A of one conditioning, (rows, h w, text tokens)."""
+        return (chunk.regions.masks(place.grid, chunk.box, tokens.device) @ tokens).expand(chunk.rows, -1, -1)
 
     def _beside(self, patch: Callable) -> Callable:
         """Another pack's attention in place of the network's: what painting changes is added to what it gives."""

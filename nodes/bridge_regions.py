@@ -94,7 +94,7 @@ def paint(conditioning: list, width: int, height: int, value: str) -> tuple[list
         report.append(entry)
     masks = [F.interpolate(phrase.mask.float()[None, None], (height, width))[0] for phrase in painting.phrases]
     masks = torch.cat(masks) if masks else torch.zeros(1, height, width)
-    return conditioning, masks, legend(painting.phrases, width, height), {"text": words.text, "phrases": report}
+    return conditioning, masks, legend(painting.phrases, masks), {"text": words.text, "phrases": report}
 
 
 def note(mask: Tensor) -> str:
@@ -108,14 +108,17 @@ def note(mask: Tensor) -> str:
     return f"Thin: the coarsest layers see it at {100 * top:.0f} % of its strength." if top < FAINT else ""
 
 
-def legend(phrases: tuple[PaintedPhrase, ...], width: int, height: int) -> Tensor:
-    """The regions in their colours on gray, later ones above, each named in its middle: (1, height, width, 3)."""
+def legend(phrases: tuple[PaintedPhrase, ...], masks: Tensor) -> Tensor:
+    """The regions in their colours on gray, later ones above, each named in its middle: (1, height, width, 3).
+
+    masks: (P, height, width); one that is empty where there are no phrases.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
+    height, width = masks.shape[1:]
     picture = torch.full((height, width, 3), 0.15)
     places = []
-    for phrase in phrases:
-        mask = F.interpolate(phrase.mask.float()[None, None], (height, width))[0, 0] > 0.5
+    for phrase, mask in zip(phrases, masks > 0.5, strict=False):
         color = torch.tensor([int(phrase.color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         picture[mask] = color
         if mask.any():

@@ -160,13 +160,13 @@ class ApplyPaintWithWords(io.ComfyNode):
                     max=100.0,
                     step=0.05,
                     round=False,
-                    tooltip="The w' of the paper: 0 is off, 0.2 to 0.5 suits most; too much paints flat patches.",
+                    tooltip="The w' of the paper. 0 is off; raise it until things lie where they were painted.",
                 ),
                 io.Combo.Input(
                     "scale",
                     options=list(bridge.SCALES),
                     tooltip="What the weight is measured by in each layer: the largest score, as in the paper, or their "
-                    "standard deviation, which wants about five times the weight.",
+                    "standard deviation. The same weight does not mean the same with both.",
                 ),
                 io.Float.Input(
                     "start_sigma",
