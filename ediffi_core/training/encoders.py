@@ -18,6 +18,7 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -259,7 +260,8 @@ def train_t5(model, rows: dict[str, list[list[int]]], training: dict, seed: int,
     for step in range(1, training["steps"] + 1):
         of_form = rows[rng.choice(forms, p=list(training["forms"].values()))]
         chosen = [of_form[i] for i in rng.integers(len(of_form), size=training["batch"])]
-        loss = model(**corrupted_batch(chosen, rng, training, first_sentinel)).loss
+        with low_precision(training):
+            loss = model(**corrupted_batch(chosen, rng, training, first_sentinel)).loss
         descend(model, loss, optimizer, schedule)
         yield step, loss.item()
 
@@ -288,29 +290,38 @@ def new_clip(network: dict, vocabulary: int):
 def train_clip(model, tokenizer, of: list[Scene], images: Tensor, data: dict, training: dict, seed: int) -> Steps:
     """InfoNCE in both directions (Radford et al. 2021). Each batch is all short or all long captions, freshly worded.
 
-    In the second half, a share of the batches holds only scenes with the same colours: otherwise colours alone find
-    the caption, and shape, style and place are learned late.
+    The last `len(STYLES) * training["in_every_style"]` scenes are some scenes drawn in every style. In the second half
+    some batches are hard: scenes with the same colours, or scenes in every style under long captions, which name it.
+    Otherwise colours alone find the caption, and shape, style and place are learned late.
     """
     from open_clip.transformer import PatchDropout
 
     rng = np.random.default_rng(seed)
     normalise = image_normalisation()
-    groups = [group for group in of_the_same_colors(of) if len(group) >= training["batch"]]
+    single = len(of) - len(STYLES) * training["in_every_style"]
+    groups = [group for group in of_the_same_colors(of[:single]) if len(group) >= training["batch"]]
     sizes = np.array([len(group) for group in groups])
-    everything = np.arange(len(of))
+    families = np.arange(single, len(of)).reshape(-1, len(STYLES))
+    shares = {"any": 0.0, "colors": training["alike_share"], "styles": training["styles_share"]}
+    shares["any"] = 1 - sum(shares.values())
     optimizer, schedule = optimization(model, training, betas=(0.9, 0.98))
     for step in range(1, training["steps"] + 1):
         late = 2 * step > training["steps"]
         model.visual.patch_dropout = nn.Identity() if late else PatchDropout(training["patch_dropout"])
 
-        alike = late and training["alike_share"] > 0 and rng.random() < training["alike_share"]
-        source = groups[rng.choice(len(groups), p=sizes / sizes.sum())] if alike else everything
-        chosen = rng.choice(source, training["batch"], replace=False)
-        form = form_of_caption(rng, data["long_share"])
+        kind = rng.choice(list(shares), p=list(shares.values())) if late else "any"
+        form = "long" if kind == "styles" else form_of_caption(rng, data["long_share"])
+        if kind == "styles":
+            chosen = rng.choice(families, training["batch"] // len(STYLES), replace=False).ravel()
+        else:
+            source = groups[rng.choice(len(groups), p=sizes / sizes.sum())] if kind == "colors" else single
+            chosen = rng.choice(source, training["batch"], replace=False)
         ids, _ = padded([clip_tokens(tokenizer, caption(of[i], rng, form).text).ids for i in chosen])
-        text = text_embedding(model, ids)
-        image = model.encode_image(normalise(images[chosen]))
+        with low_precision(training):
+            text = text_embedding(model, ids)
+            image = model.encode_image(normalise(images[chosen]))
 
+        text, image = text.float(), image.float()
         logits = model.logit_scale.exp() * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
         matches = torch.arange(len(chosen))
         loss = (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
@@ -355,6 +366,11 @@ def optimization(model: nn.Module, training: dict, betas: tuple[float, float]):
         return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def low_precision(training: dict):
+    """The network's products in bfloat16 where the recipe asks for it; faster where hardware has it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=training.get("precision") == "bfloat16")
 
 
 def descend(model: nn.Module, loss: Tensor, optimizer, schedule) -> None:
@@ -499,6 +515,8 @@ def make_clip(recipe: dict, folder: Path) -> Steps:
     tokenizer = load_clip_tokenizer(folder)
 
     of = scenes(data["pictures"], seed + 1)
+    bases = scenes(clip["training"]["in_every_style"], seed + 5)
+    of += [replace(scene, style=style) for scene in bases for style in STYLES]
     images = pictures(of, clip["network"]["vision_cfg"]["image_size"])
     torch.manual_seed(seed)
     model = new_clip(clip["network"], len(clip_vocabulary(merges)))
