@@ -256,8 +256,15 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> "UNet":
-        """Zero the last layer of every residual branch and of the network, so that training starts from identity."""
+        """Zero the last layer of every residual branch and of the network, so that training starts from identity.
+
+        Queries and keys of cross-attention get unit variance: PyTorch's first weights give a third of it, which leaves
+        attention to words almost even, and it stays so while pooled text explains the picture.
+        """
         for module in self.modules():
+            if isinstance(module, CrossAttention):
+                module.q.weight.mul_(3**0.5)
+                module.kv.weight[: len(module.kv.weight) // 2].mul_(3**0.5)
             if isinstance(module, ResBlock):
                 nn.init.zeros_(module.conv_out.weight)
             if isinstance(module, SelfAttention | CrossAttention):

@@ -1,7 +1,8 @@
 """Training pairs: pictures with the frozen embeddings of their captions, computed once and kept in shards.
 
 A shard is a safetensors file of a few thousand pairs. Tokens of all captions lie end to end, (tokens, E) float16, with
-the length of each beside them, so padding is not stored. Pictures are (n, H, W, 3) uint8.
+the length of each beside them, so padding is not stored. Pictures are (n, H, W, 3) uint8. Beside each lies the number of
+its style.
 """
 
 import json
@@ -26,17 +27,23 @@ TOKENS = ("clip", "t5")
 
 
 def shapeworld_pairs(data: Data, shard: int, count: int):
-    """The pictures (count, H, W, 3) uint8 and captions of one shard; the same for the same arguments, whatever else ran."""
+    """The pictures (count, H, W, 3) uint8, captions and styles (count,) uint8 of one shard.
+
+    The same for the same arguments, whatever else ran.
+    """
     from ..shapeworld import caption, random_scene, render
+    from ..shapeworld.world import STYLES
 
     rng = np.random.default_rng([data.seed, shard])
     resolution = data.resolution
     pictures, captions = np.empty((count, resolution, resolution, 3), np.uint8), []
+    styles = np.empty(count, np.uint8)
     for i in range(count):
         scene = random_scene(rng)
+        styles[i] = STYLES.index(scene.style)
         pictures[i] = (render(scene, resolution) * 255).round()
         captions.append(caption(scene, rng, "long" if rng.random() < data.long_share else "short"))
-    return torch.from_numpy(pictures), captions
+    return torch.from_numpy(pictures), captions, torch.from_numpy(styles)
 
 
 def write_shards(
@@ -63,9 +70,10 @@ def write_shards(
         path = folder / f"pairs-{shard:05d}.safetensors"
         size = min(SHARD, count - start)
         if not path.is_file():
-            pictures, captions = shapeworld_pairs(data, shard, size)
+            pictures, captions, styles = shapeworld_pairs(data, shard, size)
+            embedded = _embedded(encoders, pictures, [c.text for c in captions], batch)
             save_file(
-                {"pictures": pictures, **_embedded(encoders, pictures, [c.text for c in captions], batch)},
+                {"pictures": pictures, "styles": styles, **embedded},
                 path.with_suffix(f".partial{worker}"),
             )
             os.replace(path.with_suffix(f".partial{worker}"), path)
@@ -96,6 +104,7 @@ class Pairs:
     starts: dict[str, Tensor]  # per encoder: (n + 1,) where each caption's tokens begin
     clip_pooled: Tensor  # (n, E)
     image: Tensor  # (n, E)
+    styles: Tensor  # (n,) uint8: pictures with the same number look alike
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -105,12 +114,28 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Conditioning]:
-        """Images (B, 3, H, W) float32 in [-1, 1] and their conditioning, padded to the longest caption of the batch."""
+    @cached_property
+    def of_style(self) -> dict[int, Tensor]:
+        """The rows of each style."""
+        return {int(style): (self.styles == style).nonzero()[:, 0] for style in self.styles.unique()}
+
+    def references(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """For each row (B,) a random one of its style.
+
+        A network that is shown these learns to take nothing else from a reference: neither its objects nor its layout.
+        """
+        likes = [self.of_style[int(style)] for style in self.styles[rows]]
+        return torch.stack([like[torch.randint(len(like), (), generator=generator)] for like in likes])
+
+    def batch(self, rows: Tensor, references: Tensor | None = None) -> tuple[Tensor, Conditioning]:
+        """Images (B, 3, H, W) float32 in [-1, 1] and their conditioning, padded to the longest caption of the batch.
+
+        references: rows (B,) whose image embeddings are taken; by default the pictures' own.
+        """
         images = self.pictures[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
         (clip, clip_mask), (t5, t5_mask) = (self._padded(name, rows) for name in TOKENS)
         present = torch.ones(len(rows), dtype=torch.bool)
-        pooled, image = self.clip_pooled[rows].float(), self.image[rows].float()
+        pooled, image = self.clip_pooled[rows].float(), self.image[rows if references is None else references].float()
         return images, Conditioning(clip, clip_mask, pooled, t5, t5_mask, image, present)
 
     def _padded(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,4 +164,5 @@ def read_shards(folder: str | Path) -> Pairs:
         starts={name: torch.cat([ends[name].new_zeros(1), ends[name]]) for name in TOKENS},
         clip_pooled=whole["clip_pooled"],
         image=whole["image"],
+        styles=whole["styles"],
     )

@@ -23,6 +23,11 @@ class Data:
     seed: int = 0
     resolution: int = 64
     long_share: float = 0.5  # share of long captions
+    references: str = "own"  # whose CLIP image embedding goes with a picture: its own, or another's of its "style"
+
+    def __post_init__(self) -> None:
+        if self.references not in ("own", "style"):
+            raise ValueError(f'references is "own" or "style", got {self.references!r}')
 
 
 @dataclass(frozen=True)

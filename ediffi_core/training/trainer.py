@@ -138,7 +138,9 @@ class Trainer:
         drawn = torch.randint(len(self.pairs), (POOL * batch,), generator=generator)
         slice_of = int(torch.randint(POOL, (), generator=generator))
         rows = drawn[self.pairs.lengths[drawn].argsort(stable=True)][slice_of * batch : (slice_of + 1) * batch]
-        images, conditioning = self.pairs.batch(rows)
+        same_style = self.recipe.data.references == "style"
+        references = self.pairs.references(rows, generator) if same_style else None
+        images, conditioning = self.pairs.batch(rows, references)
         clip, t5, image = (
             torch.rand(batch, generator=generator) < rate for rate in (rates.clip, rates.t5, rates.image)
         )

@@ -8,6 +8,7 @@ from tiny import TINY, random_conditioning, tiny_network
 from ediffi_core.checkpoint import load_ensemble, read_header
 from ediffi_core.intervals import EVERYTHING, NoiseDistribution
 from ediffi_core.preconditioning import Denoiser
+from ediffi_core.shapeworld.world import STYLES
 from ediffi_core.training.pairs import Pairs, shapeworld_pairs
 from ediffi_core.training.recipe import Data, Dropout, Node, Optimizer, Recipe, read_recipe
 from ediffi_core.training.trainer import Trainer, denoising_loss, export, learning_rate_share
@@ -33,6 +34,7 @@ def pairs():
         starts=starts,
         clip_pooled=torch.randn(32, TINY.pooled_width, generator=generator).half(),
         image=torch.randn(32, TINY.image_width, generator=generator).half(),
+        styles=torch.arange(32).remainder(3).to(torch.uint8),
     )
 
 
@@ -162,10 +164,35 @@ def test_a_batch_of_pairs_is_padded_to_its_longest_caption(pairs):
 
 def test_shapeworld_pairs_are_the_same_for_the_same_seed_and_shard():
     data = Data("none", 100, seed=3)
-    (pictures, captions), (again, _), (other, _) = (shapeworld_pairs(data, shard, 4) for shard in (0, 0, 1))
+    (pictures, captions, styles), (again, *_), (other, *_) = (shapeworld_pairs(data, shard, 4) for shard in (0, 0, 1))
     assert torch.equal(pictures, again)
     assert not torch.equal(pictures, other)
     assert all(caption.text for caption in captions)
+    for caption, style in zip(captions, styles, strict=True):
+        assert caption.claims.style in (None, STYLES[style])
+
+
+def test_references_are_other_pictures_of_the_same_style(pairs):
+    rows = torch.arange(32).repeat(20)
+    references = pairs.references(rows, torch.Generator().manual_seed(0))
+    assert torch.equal(pairs.styles[references], pairs.styles[rows])
+    assert len(set(references[rows == 0].tolist())) > 5
+    images, conditioning = pairs.batch(rows, references)
+    assert torch.equal(images, pairs.batch(rows)[0])
+    assert torch.equal(conditioning.image, pairs.image[references].float())
+
+
+def test_a_recipe_may_train_with_references_of_the_same_style(pairs, tmp_path):
+    own = Trainer(recipe(dropout=Dropout(image=0.0)), NODE, pairs, tmp_path)
+    like = Trainer(
+        dataclasses.replace(own.recipe, data=Data("none", 32, references="style")), NODE, pairs, tmp_path / "like"
+    )
+    shown, others = (trainer._draw(3)[1].image for trainer in (own, like))
+    assert not torch.equal(shown, others)
+    rows = [(pairs.image.float() == image).all(1).nonzero().item() for image in others]
+    assert len(rows) == len(others)  # each is some picture's embedding
+    with pytest.raises(ValueError, match="references is"):
+        Data("none", 32, references="any")
 
 
 def test_every_shipped_recipe_reads(pytestconfig):
