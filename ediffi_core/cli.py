@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from .pipeline import Settings
+from .style import FITS
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 ENSEMBLES, ENCODERS = DEMO / "ensembles", DEMO / "encoders"
@@ -32,7 +33,23 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("prompt")
     one.add_argument("--out", type=Path, required=True, metavar="x.png")
     _model_options(one)
-    one.add_argument("--style", type=Path, metavar="ref.png", help="a picture whose look is wanted")
+    one.add_argument(
+        "--style", type=Path, action="append", metavar="ref.png", help="a picture whose look is wanted; again for more"
+    )
+    one.add_argument(
+        "--style-strength",
+        type=float,
+        action="append",
+        metavar="S",
+        help="0 is none, 1 (the default) as in training; once for all pictures, or once for each",
+    )
+    one.add_argument("--style-fit", choices=FITS, default=FITS[0], help="pad the picture to a square, or crop it")
+    one.add_argument(
+        "--style-guidance-scale",
+        type=float,
+        metavar="S",
+        help="guide the style by its own number; the text's if left out",
+    )
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=generate_picture)
 
@@ -104,29 +121,53 @@ def _loaded(options: argparse.Namespace):
     folder = found(options.ensemble, ENSEMBLES)
     description = read_ensemble(folder)
     encoders = load_encoders(found(options.encoders or description.encoders or "shapeworld", ENCODERS))
-    chosen = {name: getattr(options, name) for name in ("steps", "guidance_scale", "sampler")}
+    names = ("steps", "guidance_scale", "sampler", "style_guidance_scale")
+    chosen = {name: getattr(options, name, None) for name in names}
     recommended = {name: value for name, value in description.sampler.items() if name in Settings._fields}
     settings = Settings(**{**recommended, **{name: value for name, value in chosen.items() if value is not None}})
     return encoders, load_ensemble(folder), settings
 
 
 def generate_picture(options: argparse.Namespace) -> None:
-    import numpy as np
-    import torch
-    from PIL import Image
-
     from .pipeline import generate
 
     encoders, ensemble, settings = _loaded(options)
     for cut in encoders.cut([options.prompt]):
         print(f"ediffi: {cut}", file=sys.stderr)
-    style = None
-    if options.style:
-        pixels = np.asarray(Image.open(options.style).convert("RGB"), dtype=np.float32)
-        style = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
-    image = generate([options.prompt], encoders, ensemble, options.seed, settings, style)[0]
+    style, strength = _style(options, encoders)
+    image = generate([options.prompt], encoders, ensemble, options.seed, settings, style, style_strength=strength)[0]
     _save_png(image.permute(1, 2, 0).numpy(), options.out)
     print(options.out)
+
+
+def _style(options: argparse.Namespace, encoders):
+    """The embedding (1, E) of all references together, None without any, and its strength."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    from .style import averaged, square
+
+    files, strengths = options.style or [], options.style_strength or [1.0]
+    if len(strengths) not in (1, len(files)):
+        raise ValueError(
+            f"--style-strength is given {len(strengths)} times for {len(files)} --style. Give it once, or once for each."
+        )
+    embeddings = []
+    for file in files:
+        try:
+            picture = ImageOps.exif_transpose(Image.open(file))
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{file} is no picture that can be read. Give --style a PNG or JPEG file.") from error
+        pixels = np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"), dtype=np.float32)
+        reference = square(
+            torch.from_numpy(pixels / 255).permute(2, 0, 1)[None], encoders.image_size, options.style_fit
+        )
+        embeddings.append(encoders.encode_image(reference * 2 - 1)[0])
+    if not embeddings:
+        return None, 1.0
+    style, strength = averaged(embeddings, strengths * len(files) if len(strengths) == 1 else strengths)
+    return style[None], strength
 
 
 def prepare(options: argparse.Namespace) -> None:

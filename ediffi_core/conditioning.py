@@ -1,7 +1,8 @@
 """Conditioning: what the denoiser is told about the image it makes.
 
 Three embeddings, each of which may be absent: CLIP text, T5 text and a CLIP image embedding (the style). An absent
-embedding is all zeros and hidden by its mask, exactly as training drops it (eDiff-I, Sec. 4.2), so any subset works.
+embedding is all zeros and hidden by its mask, exactly as training drops it (eDiff-I, Sec. 4.2), so any subset works. The
+style's mask is a number, its strength: it may also be there in part.
 Axis letters: B batch, L tokens, E embedding width.
 """
 
@@ -18,7 +19,10 @@ EMBEDDINGS = ("clip", "t5", "image")
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Embeddings of B requests. Masks are True where a token counts; padding and dropped embeddings are False."""
+    """Embeddings of B requests. Masks are True where a token counts; padding and dropped embeddings are False.
+
+    image_strength: 0 is a style that is absent, whatever `image` holds, 1 is one as in training; `UNet` says what is between.
+    """
 
     clip_tokens: Tensor  # (B, 77, E_clip) hidden states of CLIP's text encoder
     clip_mask: Tensor  # (B, 77) bool
@@ -26,19 +30,19 @@ class Conditioning:
     t5_tokens: Tensor  # (B, 113, E_t5)
     t5_mask: Tensor  # (B, 113) bool
     image: Tensor  # (B, E_image) CLIP image embedding
-    image_mask: Tensor  # (B,) bool
+    image_strength: Tensor  # (B,) float, 0 or more
 
     @classmethod
-    def of_text(cls, text, image: Tensor | None = None, image_width: int | None = None) -> "Conditioning":
-        """From the text embeddings of `encoders` and, for a style, an image embedding (B, E_image)."""
+    def of_text(
+        cls, text, image: Tensor | None = None, image_width: int | None = None, image_strength: float | Tensor = 1.0
+    ) -> "Conditioning":
+        """From the text embeddings of `encoders` and, for a style, an image embedding (B, E_image) and its strength."""
         batch = text.clip_tokens.shape[0]
         if image is None:
             width = image_width if image_width is not None else text.clip_pooled.shape[1]
-            image = text.clip_pooled.new_zeros(batch, width)
-            present = torch.zeros(batch, dtype=torch.bool, device=image.device)
-        else:
-            present = torch.ones(batch, dtype=torch.bool, device=image.device)
-        return cls(text.clip_tokens, text.clip_mask, text.clip_pooled, text.t5_tokens, text.t5_mask, image, present)
+            image, image_strength = text.clip_pooled.new_zeros(batch, width), 0.0
+        strength = torch.as_tensor(image_strength, dtype=torch.float32, device=image.device).expand(batch)
+        return cls(text.clip_tokens, text.clip_mask, text.clip_pooled, text.t5_tokens, text.t5_mask, image, strength)
 
     def __len__(self) -> int:
         return self.image.shape[0]
@@ -70,7 +74,7 @@ class Conditioning:
             changed["t5_mask"] = self.t5_mask & ~t5[:, None]
         if image is not None:
             changed["image"] = self.image * ~image[:, None]
-            changed["image_mask"] = self.image_mask & ~image
+            changed["image_strength"] = self.image_strength * ~image
         return replace(self, **changed)
 
     def only(self, *kept: str) -> "Conditioning":
@@ -78,7 +82,7 @@ class Conditioning:
         unknown = set(kept) - set(EMBEDDINGS)
         if unknown:
             raise ValueError(f"Unknown embedding {sorted(unknown)[0]!r}. The embeddings are {', '.join(EMBEDDINGS)}.")
-        everything = torch.ones_like(self.image_mask)
+        everything = torch.ones_like(self.image_strength, dtype=torch.bool)
         return self.drop(**{name: everything for name in EMBEDDINGS if name not in kept})
 
 

@@ -2,6 +2,7 @@
 
 A folder of encoders holds `t5/` (Hugging Face layout), `clip/` (open_clip's local layout) and optionally
 `encoders.json`. All widths are read from those files, so T5-XXL with CLIP-L loads just like the bundled demo family.
+Weights may be in parts that an index lists, and of any floating-point type; those of 8 bits may have scales beside them.
 transformers and open_clip are imported when a folder is loaded, not before.
 
 Pooled text and image embeddings are projected but not normalised, as ComfyUI returns them.
@@ -9,6 +10,8 @@ Pooled text and image embeddings are projected but not normalised, as ComfyUI re
 
 import gzip
 import json
+import zlib
+from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,10 +103,11 @@ class Encoders:
         states = text_states(self.clip, ids)
         last = clip_mask.sum(1) - 1
         pooled = projected(self.clip, states[torch.arange(len(texts), device=self.device), last])
-        clip_states = states * clip_mask[..., None]
+        clip_states = states.where(clip_mask[..., None], 0)  # a product would leave zeros with a sign
 
         ids, t5_mask = padded([prompt.t5.ids for prompt in prompts], self.device)
-        t5_states = self.t5(input_ids=ids, attention_mask=t5_mask.long()).last_hidden_state * t5_mask[..., None]
+        t5_states = self.t5(input_ids=ids, attention_mask=t5_mask.long()).last_hidden_state
+        t5_states = t5_states.where(t5_mask[..., None], 0)
 
         return TextEmbeddings(
             lengthened(clip_states, CLIP_LENGTH),
@@ -158,23 +162,18 @@ def load_encoders(folder: str | Path, device="cpu", dtype: torch.dtype = torch.f
 
 
 def load_t5(folder: Path, device, dtype: torch.dtype):
-    """The encoder half; a decoder in the file is left out."""
-    from safetensors.torch import load_file
+    """The encoder half; a decoder in the file is left out.
+
+    Weights that are of `dtype` already are not copied: on the CPU they are the mapped file itself.
+    """
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(**{k: v for k, v in read_json(folder / "config.json").items() if k != "model_type"})
     with torch.device("meta"):
         model = T5EncoderModel(config)
 
-    weights = {}
-    for file in weight_files(folder, "model.safetensors"):
-        check_safetensors(file)
-        weights |= {
-            name: tensor.to(device, dtype)
-            for name, tensor in load_file(file).items()
-            if name.startswith(("shared.", "encoder.")) and name != "encoder.embed_tokens.weight"
-        }
     expected = {name: w.shape for name, w in model.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    weights = load_weights(folder, "model.safetensors", expected, device, dtype)
     check_shapes(folder / "model.safetensors", weights, expected)
 
     model.load_state_dict(weights, strict=False, assign=True)
@@ -186,12 +185,8 @@ def load_clip(folder: Path, device, dtype: torch.dtype) -> tuple[torch.nn.Module
     """The model and its picture statistics, `mean` and `std`."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from open_clip.model import CLIP, CustomTextCLIP
-    from safetensors.torch import load_file
 
     config = read_json(folder / "open_clip_config.json")
-    weights_file = folder / "open_clip_model.safetensors"
-    check_safetensors(weights_file)
-
     architecture = dict(config["model_cfg"])
     kind = CustomTextCLIP if architecture.pop("custom_text", False) else CLIP
     model = kind(**architecture)
@@ -200,9 +195,10 @@ def load_clip(folder: Path, device, dtype: torch.dtype) -> tuple[torch.nn.Module
             f"{folder / 'open_clip_config.json'} describes a text encoder of another kind than CLIP's own transformer. "
             f"Use a CLIP with the plain architecture, such as ViT-L-14."
         )
-    weights = load_file(weights_file)
-    check_shapes(weights_file, weights, {name: w.shape for name, w in model.state_dict().items()})
-    model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    expected = {name: w.shape for name, w in model.state_dict().items()}
+    weights = load_weights(folder, "open_clip_model.safetensors", expected, "cpu", torch.float32)
+    check_shapes(folder / "open_clip_model.safetensors", weights, expected)
+    model.load_state_dict(weights)
 
     preprocessing = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
     return model.to(device, dtype).eval().requires_grad_(False), preprocessing | config.get("preprocess_cfg", {})
@@ -216,7 +212,12 @@ def load_t5_tokenizer(folder: Path):
             f"{folder} holds no T5 tokenizer. It needs tokenizer.json or spiece.model. "
             f"Copy the file from where the T5 weights came from."
         )
-    return T5TokenizerFast.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    try:
+        return T5TokenizerFast.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    except Exception as error:  # the libraries have no error of their own for a damaged file
+        raise ValueError(
+            f"The T5 tokenizer in {folder} cannot be read ({error}). Download or copy its files again."
+        ) from error
 
 
 def load_clip_tokenizer(folder: Path):
@@ -226,9 +227,17 @@ def load_clip_tokenizer(folder: Path):
         import open_clip.tokenizer
 
         file = Path(open_clip.tokenizer.default_bpe())
-    lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")
+    return clip_tokenizer(read_merges(file))
+
+
+def read_merges(file: Path) -> list[tuple[str, str]]:
+    """The pairs that CLIP's tokenizer joins, in order. Raises ValueError for a damaged file."""
+    try:
+        lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no list of merges in gzip ({error}). Download or copy the file again.") from error
     most = 49152 - 256 - 2  # OpenAI's file lists more merges than CLIP uses
-    return clip_tokenizer([tuple(line.split()) for line in lines[1 : most + 1] if line])
+    return [tuple(line.split()) for line in lines[1 : most + 1] if line]
 
 
 def clip_tokenizer(merges: list[tuple[str, str]]):
@@ -336,12 +345,55 @@ def resized(images: Tensor, size: int) -> Tensor:
     return images[:, :, top : top + size, left : left + size]
 
 
+def load_weights(folder: Path, name: str, wanted: Container[str], device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The wanted tensors of a file or its parts. At most one part is in memory besides them."""
+    from safetensors import safe_open
+
+    weights: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for file in weight_files(folder, name):
+        check_safetensors(file)
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
+                if key in wanted:
+                    weights[key] = floating(file, key, tensors.get_tensor(key)).to(device, dtype)
+                elif key.endswith(SCALES):
+                    scales[key.rpartition(".")[0] + ".weight"] = tensors.get_tensor(key)
+    for key, scale in scales.items():
+        if key in weights:
+            weights[key] = (weights[key].float() * scale.to(device)).to(dtype)
+    return weights
+
+
+SCALES = (".scale_weight", ".weight_scale")  # what ComfyUI's weights of 8 bits are multiplied with
+
+
+def floating(file: Path, name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"{file} holds {name} as {str(tensor.dtype).removeprefix('torch.')}, a packed type that only ComfyUI unpacks. Use "
+            f"a file with weights of 32, 16 or 8 bits in floating point."
+        )
+    return tensor
+
+
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The file, or the parts that its index lists."""
+    """The file, or the parts that its index lists. Raises ValueError for an index that names anything but files beside it."""
     index = folder / f"{name}.index.json"
     if not index.is_file():
         return [folder / name]
-    return [folder / Path(part).name for part in sorted(set(read_json(index)["weight_map"].values()))]
+    listed = read_json(index)
+    listed = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{index} lists no parts in weight_map. Download or copy the file again.")
+    parts = set(listed.values())
+    for part in parts:
+        if not isinstance(part, str) or part in ("", ".", "..") or any(c in part for c in "/\\:\0"):
+            raise ValueError(
+                f"{index} lists {part!r} among its parts. Parts must be files in the same folder, named without any folder. "
+                f"Get the index from where the weights came from, or correct the name."
+            )
+    return [folder / part for part in sorted(parts)]
 
 
 def read_json(file: Path) -> dict:

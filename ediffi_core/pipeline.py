@@ -9,7 +9,7 @@ from torch import Tensor
 from .conditioning import Conditioning
 from .encoders import Encoders
 from .ensemble import Denoise
-from .guidance import guided
+from .guidance import guided_apart
 from .samplers import SAMPLERS, Step, seeded_noise
 from .schedule import RHO, SIGMA_MAX, SIGMA_MIN, karras_sigmas
 
@@ -23,18 +23,23 @@ class Settings(NamedTuple):
     sigma_min: float = SIGMA_MIN
     sigma_max: float = SIGMA_MAX
     rho: float = RHO
+    style_guidance_scale: float | None = None  # of the style alone; None: guidance_scale for text and style
 
 
 DEFAULTS = Settings()
 
 
-def conditioning_of(prompts: Sequence[str], encoders: Encoders, style: Tensor | None = None) -> Conditioning:
-    """Text and, where given, style of B requests. style: (B, 3, H, W) images in [-1, 1] whose look is wanted.
+def conditioning_of(
+    prompts: Sequence[str], encoders: Encoders, style: Tensor | None = None, style_strength: float | Tensor = 1.0
+) -> Conditioning:
+    """Text and, where given, style of B requests.
 
-    An empty prompt is a dropped one: nothing is known of the text.
+    style: (B, 3, H, W) images in [-1, 1] whose look is wanted, or (B, E) their embeddings, as `style.averaged` makes them
+    of several; style_strength: for all, or (B,). An empty prompt is a dropped one: nothing is known of the text.
     """
-    image = None if style is None else encoders.encode_image(style)
-    conditioning = Conditioning.of_text(encoders.encode_text(list(prompts)), image, encoders.image_width)
+    image = style if style is None or style.ndim == 2 else encoders.encode_image(style)
+    text = encoders.encode_text(list(prompts))
+    conditioning = Conditioning.of_text(text, image, encoders.image_width, style_strength)
     empty = torch.tensor([not prompt.strip() for prompt in prompts], device=conditioning.image.device)
     return conditioning.drop(clip=empty, t5=empty)
 
@@ -52,7 +57,8 @@ def sample(
     sigmas = karras_sigmas(settings.steps, settings.sigma_min, settings.sigma_max, settings.rho)
     device = conditioning.image.device
     x = sigmas[0] * seeded_noise(seed, len(conditioning), (3, *size)).to(device)
-    denoise = guided(denoise, settings.guidance_scale)
+    text_scale, style_scale = settings.guidance_scale, settings.style_guidance_scale
+    denoise = guided_apart(denoise, text_scale, text_scale if style_scale is None else style_scale)
 
     # the state is float64 as in EDM, the network sees float32
     def denoise_float(x: Tensor, sigma: Tensor) -> Tensor:
@@ -70,8 +76,9 @@ def generate(
     settings: Settings = DEFAULTS,
     style: Tensor | None = None,
     size: tuple[int, int] = (64, 64),
+    style_strength: float | Tensor = 1.0,
 ) -> Tensor:
     """prompt -> encoders -> conditioning -> sigmas -> router -> experts -> sampler -> images (B, 3, *size) in [0, 1]."""
-    conditioning = conditioning_of(prompts, encoders, style)
+    conditioning = conditioning_of(prompts, encoders, style, style_strength)
     *_, last = sample(ensemble, conditioning, seed, settings, size)
     return ((last.x.float() + 1) / 2).clamp(0, 1)

@@ -277,15 +277,22 @@ class UNet(nn.Module):
         return self.stem.weight.dtype
 
     def embedding(self, c_noise: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> Tensor:
-        """Global embedding (B, E): noise level + pooled CLIP text + CLIP image (eDiff-I, Sec. 4.2)."""
+        """Global embedding (B, E): noise level + pooled CLIP text + CLIP image (eDiff-I, Sec. 4.2).
+
+        A style's strength leads from the projection of an absent one, 0, to that of its embedding, 1, and on beyond it.
+        The embedding itself cannot be scaled: LayerNorm would scale it back.
+        """
         pooled = self.pooled(conditioning.clip_pooled.to(dtype))
-        style = self.style(conditioning.image.to(dtype))
+        image = conditioning.image.to(dtype)
+        style, absent = self.style(image), self.style(torch.zeros_like(image))
+        style = torch.lerp(absent, style, conditioning.image_strength.to(style.dtype)[:, None])  # exact at 0 and at 1
         return self.noise(c_noise, dtype) + pooled + style
 
     def context(self, conditioning: Conditioning, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Tokens for cross-attention, (B, L, E), and the bias that hides absent ones, (B, 1, 1, L).
 
-        L is 192 in full: 77 CLIP + 113 T5 + 1 image + 1 null. The null token is always there to attend to.
+        L is 192 in full: 77 CLIP + 113 T5 + 1 image + 1 null. The null token is always there to attend to. The bias is the
+        logarithm of how much a token counts, which multiplies its weight before attention's weights are made to sum to 1.
         """
         batch, device = len(conditioning), conditioning.image.device
         null = self.null(torch.zeros(batch, 1, dtype=torch.long, device=device)).to(dtype)
@@ -295,17 +302,16 @@ class UNet(nn.Module):
             self.image(conditioning.image.to(dtype))[:, None],
             null,
         ]
-        present = torch.cat(
+        counts = torch.cat(
             [
                 conditioning.clip_mask,
                 conditioning.t5_mask,
-                conditioning.image_mask[:, None],
-                torch.ones(batch, 1, dtype=torch.bool, device=device),
+                conditioning.image_strength.float()[:, None],
+                torch.ones(batch, 1, device=device),
             ],
             dim=1,
         )
-        hidden = torch.zeros(present.shape, dtype=dtype, device=device).masked_fill(~present, -math.inf)
-        return torch.cat(tokens, dim=1), hidden[:, None, None, :]
+        return torch.cat(tokens, dim=1), counts.log().to(dtype)[:, None, None, :]
 
     def forward(self, x: Tensor, c_noise: Tensor, conditioning: Conditioning, attend: Attend = attend) -> Tensor:
         """x: (B, 3, H, W) scaled noised images; c_noise: (B,). Returns F, (B, 3, H, W), in the dtype of x."""

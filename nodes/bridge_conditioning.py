@@ -51,12 +51,24 @@ class Words:
 
 
 def packed(clip: Tensor, t5: Tensor) -> Tensor:
-    """(B, 77, E_clip) and (B, 113, E_t5) -> (B, 190, max(E_clip, E_t5))."""
-    width = max(clip.shape[-1], t5.shape[-1])
-    return torch.cat([F.pad(tokens, (0, width - tokens.shape[-1])) for tokens in (clip, t5)], dim=1)
+    """(B, 77, E_clip) and (B, n 113, E_t5) -> (B, n 190, max(E_clip, E_t5)), where CLIP is absent from all but the first 190."""
+    width, chunks = max(clip.shape[-1], t5.shape[-1]), t5.shape[1] // T5_LENGTH
+    clip = F.pad(clip, (0, width - clip.shape[-1], 0, (chunks - 1) * CLIP_LENGTH))
+    t5 = F.pad(t5, (0, width - t5.shape[-1]))
+    pairs = zip(clip.split(CLIP_LENGTH, dim=1), t5.split(T5_LENGTH, dim=1), strict=True)
+    return torch.cat([tokens for pair in pairs for tokens in pair], dim=1)
 
 
-def unpacked(tokens: Tensor, pooled: Tensor, image: Tensor, image_mask: Tensor, config: UNetConfig) -> Conditioning:
+def packed_spans(clip: Sequence[Range], t5: Sequence[Range]) -> tuple[Range, ...]:
+    """The spans of the columns that `packed` makes, from those of each encoder's tokens."""
+    spans: list[Range] = []
+    for start in range(0, max(1, len(t5)), T5_LENGTH):
+        for part, length in ((clip if start == 0 else (), CLIP_LENGTH), (t5[start : start + T5_LENGTH], T5_LENGTH)):
+            spans += [*part, *[(0, 0)] * (length - len(part))]
+    return tuple(spans)
+
+
+def unpacked(tokens: Tensor, pooled: Tensor, image: Tensor, image_strength: Tensor, config: UNetConfig) -> Conditioning:
     """The inverse of `packed`, with masks read from the tokens. `tokens` may be several prompts long, (B, n 190, E)."""
     parts = tokens.split([CLIP_LENGTH, T5_LENGTH] * (tokens.shape[1] // LENGTH), dim=1)
     clip = torch.cat(parts[::2], dim=1)[..., : config.clip_width]
@@ -68,7 +80,7 @@ def unpacked(tokens: Tensor, pooled: Tensor, image: Tensor, image_mask: Tensor, 
         t5_tokens=t5,
         t5_mask=(t5 != 0).any(-1),
         image=image,
-        image_mask=image_mask,
+        image_strength=image_strength,
     )
 
 
@@ -89,23 +101,6 @@ def check_conditioning(tokens: Tensor | None, pooled: Tensor | None, config: UNe
                 what=f"its pooled output is {pooled.shape[-1]} wide, the network reads {config.pooled_width}"
             )
         )
-
-
-def style(unclip_conditioning, width: int) -> tuple[Tensor, Tensor]:
-    """The CLIP image embedding (1, E_image) of ComfyUI's unCLIPConditioning entries, and its mask (1,).
-
-    All pictures add up, each times the strength of its entry, as in ComfyUI.
-    """
-    total = torch.zeros(1, width)
-    for one in unclip_conditioning or ():
-        embedding = one["clip_vision_output"].image_embeds.float().cpu()
-        if embedding.shape[-1] != width:
-            raise ValueError(
-                f"The style image was encoded to {embedding.shape[-1]} numbers, this ensemble reads {width}. "
-                f"Encode it with the CLIP_VISION of eDiff-I Load Encoders."
-            )
-        total = total + one["strength"] * embedding.sum(0, keepdim=True)
-    return total, (total != 0).any(-1)
 
 
 class Addressed:
@@ -152,6 +147,7 @@ def of_expert(conds: Sequence[dict], index: int, intervals: Sequence[NoiseInterv
                 f"sigma in {', '.join(map(str, intervals))}. Connect one conditioning for each, from high to low noise."
             )
         if owner == index:
-            model_conds = {key: value for key, value in cond["model_conds"].items() if key != EXPERT}
+            model_conds = cond["model_conds"].copy()
+            model_conds.pop(EXPERT, None)
             mine.append(cond | {"model_conds": model_conds})
     return mine

@@ -1,18 +1,17 @@
-"""A folder of encoders as CLIP and CLIP_VISION of ComfyUI: its own T5 and CLIP classes, sized by the folder's files.
+"""A folder of encoders as CLIPs and CLIP_VISION of ComfyUI: its own T5 and CLIP classes, sized by the folder's files.
 
-Memory, dtype, offloading and LoRAs are ComfyUI's. What differs is the layout that comes out (bridge_conditioning): the
-hidden states of both encoders, zero behind the end of the prompt, and nothing at all for an empty prompt, which is how
-training drops text.
+Memory, offloading and LoRAs are ComfyUI's. Weights keep the type that they have in the file, unless it is wider than
+ComfyUI's for text encoders (16 bits, --fp32-text-enc for 32). `bridge_combine` makes one CLIP of T5 and CLIP text.
 """
 
-import gzip
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.clip_model
 import comfy.clip_vision
-import comfy.ops
+import comfy.model_management
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
@@ -29,9 +28,10 @@ from ..ediffi_core.encoders import (
     clip_tokenizer,
     load_t5_tokenizer,
     read_json,
+    read_merges,
     weight_files,
 )
-from .bridge_conditioning import WORDS, Words, packed
+from .bridge_conditioning import LENGTH, Words, packed_spans
 from .bridge_words import NOTHING, Untraceable, overheard, placed, plain, spans_of
 
 ENDLESS = 10**9  # no chunks: prompts are cut to the paper's lengths, not encoded in pieces
@@ -51,59 +51,19 @@ class CLIPText(comfy.clip_model.CLIPTextModel):
         self.text_projection = operations.Linear(width, config["projection_dim"], bias=False, **factory)
 
 
-class TextEncoders(torch.nn.Module):
-    """T5 and CLIP text behind ComfyUI's call: tokens -> (conditioning tensor, pooled, extra entries)."""
+class Encoder(comfy.sd1_clip.SD1ClipModel):
+    """One encoder of a folder behind ComfyUI's calls, as `clip_l` or `t5xxl`."""
 
-    def __init__(self, configs, device="cpu", dtype=None, model_options=None) -> None:
-        super().__init__()
-        options = model_options or {}
-        masked = dict(zero_out_masked=True, return_attention_masks=True)
-        clip, t5 = dict(configs.clip), dict(configs.t5)
-        self.clip_l = comfy.sd1_clip.SDClipModel(
-            device=device,
-            dtype=dtype,
-            max_length=clip["max_position_embeddings"],
-            textmodel_json_config=clip,
-            model_class=CLIPText,
-            special_tokens={"start": clip["bos_token_id"], "end": clip["eos_token_id"], "pad": clip["eos_token_id"]},
-            model_options={**options, "model_name": "clip_l"},
-            **masked,
-        )
-        self.t5xxl = comfy.sd1_clip.SDClipModel(
-            device=device,
-            dtype=dtype,
-            textmodel_json_config=t5,
-            model_class=comfy.text_encoders.t5.T5,
-            special_tokens={"end": 1, "pad": 0},
-            enable_attention_masks=True,
-            model_options={**options, "model_name": "t5xxl"},
-            **masked,
-        )
-        self.where = configs.where
-        self.dtypes = {dtype} if dtype is not None else set()
-
-    def set_clip_options(self, options) -> None:
-        self.clip_l.set_clip_options(options)
-        # CLIP Set Last Layer means CLIP
-        self.t5xxl.set_clip_options({k: v for k, v in options.items() if k != "layer"})
-
-    def reset_clip_options(self) -> None:
-        self.clip_l.reset_clip_options()
-        self.t5xxl.reset_clip_options()
-
-    def encode_token_weights(self, tokens):
-        clip, pooled = self.clip_l.encode_token_weights(tokens["l"])[:2]
-        t5 = self.t5xxl.encode_token_weights(tokens["t5xxl"])[0]
-        if not has_content(tokens["l"], self.clip_l.special_tokens):
-            clip, pooled = torch.zeros_like(clip), torch.zeros_like(pooled)
-        if not has_content(tokens["t5xxl"], self.t5xxl.special_tokens):
-            t5 = torch.zeros_like(t5)
-        words = getattr(tokens, "words", None)
-        extra = {} if words is None else {WORDS: words}
-        return packed(lengthened(clip, CLIP_LENGTH), lengthened(t5, T5_LENGTH)), pooled, extra
+    def __init__(self, where: str, kind, device="cpu", dtype=None, model_options=None, **names) -> None:
+        super().__init__(device, dtype, model_options or {}, clip_model=kind, **names)
+        self.where = where
 
     def load_sd(self, weights):
-        encoder = self.t5xxl if "shared.weight" in weights else self.clip_l
+        encoder = getattr(self, self.clip)
+        if self.clip == "t5xxl" and encoder.logit_scale.device.type == "cpu":
+            # Its weights stay the mapped file itself: beside a copy, the file's pages would be a second T5 in memory. So the
+            # file may be replaced while it is loaded, but not written over.
+            encoder.can_assign_sd = True
         try:
             missing, unexpected = encoder.load_sd(weights)
         except RuntimeError as error:  # torch's list of shapes that differ
@@ -126,19 +86,31 @@ def has_content(batches, special_tokens) -> bool:
     return any(not isinstance(token, int) or token not in special for batch in batches for token, *_ in batch)
 
 
+def whole(length: int, chunk: int) -> int:
+    """The length of the chunks that hold `length` tokens; of one where there are none."""
+    return chunk * max(1, -(-length // chunk))
+
+
 def lengthened(tokens: Tensor, length: int) -> Tensor:
     """Cut or filled with zeros to `length`: (B, L, E) -> (B, length, E)."""
     return F.pad(tokens[:, :length], (0, 0, 0, max(0, length - tokens.shape[1])))
 
 
 class Tokens(dict):
-    """ComfyUI's tokens, that also remember their words and what was cut off the prompt."""
+    """ComfyUI's tokens, that also remember their words."""
 
     words: Words | None = None
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.cut: dict[str, str] = {}  # "clip", "t5" -> a sentence, for an encoder that does not read the whole prompt
+    def __setitem__(self, key: str, rows: list) -> None:
+        """A node such as CLIPTextEncodeFlux puts in one encoder's tokens of another prompt: they stand for none of these words."""
+        super().__setitem__(key, rows)
+        if self.words is not None and self.words.spans is not None:
+            kept = [
+                NOTHING if (i % LENGTH < CLIP_LENGTH) == (key == "l") else span
+                for i, span in enumerate(self.words.spans)
+            ]
+            length = LENGTH * (len(self["t5xxl"][0]) // T5_LENGTH)
+            self.words = replace(self.words, spans=(*kept, *[NOTHING] * length)[:length])
 
 
 class FastTokenizer:
@@ -165,66 +137,53 @@ class FastTokenizer:
 
 
 class PromptTokenizer(comfy.sd1_clip.SDTokenizer):
-    """ComfyUI's prompt syntax, as one sequence that is cut and padded to the length the encoder reads."""
+    """ComfyUI's prompt syntax, as one sequence that is cut and padded to the length the encoder reads.
 
-    def __init__(self, name: str, backend: FastTokenizer, length: int, width: int, embedding_directory=None) -> None:
-        super().__init__(
-            tokenizer_class=backend,
-            embedding_directory=embedding_directory,
-            embedding_size=width,
-            embedding_key=name,
-            max_length=ENDLESS,
-            has_start_token=bool(backend.start),
-            pad_with_end=bool(backend.start),  # CLIP pads with its end token, T5 with 0
-            pad_to_max_length=False,
-        )
+    The tokenizer option "<name>_length" is another length to cut at; padding fills whole multiples of the encoder's own.
+    """
+
+    def __init__(self, name: str, tokenizer: comfy.sd1_clip.SDTokenizer, length: int) -> None:
+        # not super().__init__, which reads a vocabulary: everything is the tokenizer's, but how prompts are split and filled
+        vars(self).update(vars(tokenizer))
+        self.max_length = ENDLESS
+        self.min_length = self.min_padding = None
+        self.pad_to_max_length = self.pad_left = self.disable_weights = False
+        self.name = name
         self.length = length
-        self.lost = 0  # tokens cut from the latest prompt
+
+    def limit(self, options: dict) -> int:
+        """Tokens that are read of a prompt, its end token included."""
+        return options.get(f"{self.name}_length", self.length)
 
     def tokenize_with_weights(self, text: str, return_word_ids=False, **options):
-        options.pop("tokenizer_options", None)  # they are about padding, and the length is the paper's
+        limit = self.limit(options.pop("tokenizer_options", {}))  # ComfyUI's are about padding, which our masks hide
         (row,) = super().tokenize_with_weights(text, return_word_ids, **options)
-        self.lost = max(0, len(row) - self.length)
-        if self.lost:
-            row = [*row[: self.length - 1], row[-1]]  # the end token stays
+        if len(row) > limit:
+            row = [*row[: limit - 1], row[-1]]  # the end token stays
         padding = (self.pad_token, 1.0, 0) if return_word_ids else (self.pad_token, 1.0)
-        return [row + [padding] * (self.length - len(row))]
+        return [row + [padding] * (whole(len(row), self.length) - len(row))]
 
 
 class Tokenizer:
     """Both tokenizers behind ComfyUI's call; under the names that its loaders use, `l` and `t5xxl`."""
 
-    def __init__(self, configs, embedding_directory=None, tokenizer_data=None) -> None:
-        self.clip_l = PromptTokenizer(
-            "clip_l", configs.clip_tokenizer, configs.clip_length, configs.clip["hidden_size"], embedding_directory
-        )
-        self.t5xxl = PromptTokenizer(
-            "t5xxl", configs.t5_tokenizer, T5_LENGTH, configs.t5["d_model"], embedding_directory
-        )
+    def __init__(self, clip: comfy.sd1_clip.SDTokenizer, t5: comfy.sd1_clip.SDTokenizer, clip_positions: int) -> None:
+        self.clip_l = PromptTokenizer("clip_l", clip, min(CLIP_LENGTH, clip_positions))
+        self.t5xxl = PromptTokenizer("t5xxl", t5, T5_LENGTH)
 
     def tokenize_with_weights(self, text: str, return_word_ids=False, **options) -> Tokens:
         text = "" if not text.strip() else text
-        tokens, words, spans, lost = Tokens(), plain(text), [], ""
-        for key, name, tokenizer, length in (
-            ("l", "CLIP", self.clip_l, CLIP_LENGTH),
-            ("t5xxl", "T5", self.t5xxl, T5_LENGTH),
-        ):
+        tokens, words, spans, lost = Tokens(), plain(text), {}, ""
+        for key, tokenizer in (("l", self.clip_l), ("t5xxl", self.t5xxl)):
             listening, pieces = overheard(tokenizer)
             rows = listening.tokenize_with_weights(text, True, **options)
             try:
                 found = spans_of(rows, placed(pieces, words), tokenizer.embedding_size)
             except Untraceable as error:
-                found, lost = [NOTHING] * tokenizer.length, str(error)
-            if listening.lost:
-                rest = " ".join(words[max(stop for _, stop in found) :].split())
-                quoted = rest if len(rest) <= 60 else f"{rest[:60]}..."
-                tokens.cut[name.lower()] = (
-                    f"{name} does not read the last {listening.lost} tokens of the prompt, from {quoted!r} on; it reads "
-                    f"{tokenizer.length - tokenizer.tokens_start - 1} tokens."
-                )
+                found, lost = [NOTHING] * len(rows[0]), str(error)
             tokens[key] = rows if return_word_ids else [[entry[:2] for entry in row] for row in rows]
-            spans += found + [NOTHING] * (length - len(found))
-        tokens.words = Words(words, None if lost else tuple(spans), lost)
+            spans[key] = found
+        tokens.words = Words(words, None if lost else packed_spans(spans["l"], spans["t5xxl"]), lost)
         return tokens
 
     def state_dict(self) -> dict:
@@ -235,28 +194,56 @@ class Tokenizer:
 
 
 def is_ours(clip: comfy.sd.CLIP) -> bool:
-    """Does a CLIP come from `load_text_encoders`?"""
-    return isinstance(clip.cond_stage_model, TextEncoders)
+    """Does a CLIP give the paper's layout?"""
+    return isinstance(getattr(clip, "tokenizer", None), Tokenizer)
 
 
-def load_text_encoders(folder: str | Path, model_options: dict | None = None, disable_dynamic: bool = False):
-    """The T5 and CLIP text encoder of a folder as a CLIP."""
+def load_text_encoder(name: str, folder: str | Path, model_options: dict | None = None, disable_dynamic: bool = False):
+    """The CLIP text encoder (`name` clip_l) or the T5 (t5xxl) of a folder, as a CLIP of ComfyUI."""
     folder, options = Path(folder), dict(model_options or {})
-    configs = read_configs(folder)
-    weights = [clip_weights(folder)[0], t5_weights(folder)]
+    make, weights = (clip_makers, clip_weights(folder)[0]) if name == "clip_l" else (t5_makers, t5_weights(folder))
+    load_device = options.get("load_device", comfy.model_management.text_encoder_device())
+    widest = options.get("dtype") or comfy.model_management.text_encoder_dtype(load_device)
+    dtype = comfy.model_management.pick_weight_dtype(own_type(weights), widest, load_device)
+    quantization = comfy.utils.detect_layer_quantization(weights, "")
+    if quantization is not None:
+        options["quantization_metadata"] = quantization
+    # not on the device before there is a prompt
+    options.setdefault("initial_device", comfy.model_management.text_encoder_offload_device())
 
-    target = comfy.supported_models_base.ClipTarget(partial(Tokenizer, configs), TextEncoders)
-    target.params = {"configs": configs}
+    kind, tokenizer = make(folder)
+    names = {"clip_name": "l"} if name == "clip_l" else {"name": name}
+    target = comfy.supported_models_base.ClipTarget(
+        lambda embedding_directory, **_: SimpleNamespace(**{name: tokenizer(embedding_directory=embedding_directory)}),
+        partial(Encoder, folder.name, kind, **names),
+    )
+    target.params = {}
     clip = comfy.sd.CLIP(
         target,
         embedding_directory=options.pop("embedding_directory", None),
-        parameters=sum(comfy.utils.calculate_parameters(part) for part in weights),
-        state_dict=weights,
-        model_options=options,
+        parameters=comfy.utils.calculate_parameters(weights),
+        state_dict=[narrowed(weights, dtype)],
+        model_options=options | {"dtype": dtype},
         disable_dynamic=disable_dynamic,
     )
-    clip.patcher.cached_patcher_init = (_text_patcher, (str(folder), model_options))
+    clip.patcher.cached_patcher_init = (_text_patcher, (name, str(folder), model_options))
     return clip
+
+
+def own_type(weights: dict[str, Tensor]) -> torch.dtype:
+    """What ComfyUI goes by in T5, a norm's, because weights of 8 bits may have scales beside them."""
+    norm = next((name for name in weights if name.endswith("final_layer_norm.weight")), None)
+    return weights[norm].dtype if norm else torch.float16
+
+
+def narrowed(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floating-point weights that are wider than `dtype`, in `dtype`."""
+    return {
+        name: w.to(dtype)
+        if w.is_floating_point() and w.itemsize > dtype.itemsize and not name.endswith("_scale")  # of weights of 8 bits
+        else w
+        for name, w in weights.items()
+    }
 
 
 def load_vision_encoder(folder: str | Path):
@@ -274,26 +261,53 @@ def load_vision_encoder(folder: str | Path):
     return vision
 
 
-def _text_patcher(folder: str, model_options: dict | None = None, disable_dynamic: bool = False):
-    return load_text_encoders(folder, model_options, disable_dynamic).patcher
+def _text_patcher(name: str, folder: str, model_options: dict | None = None, disable_dynamic: bool = False):
+    return load_text_encoder(name, folder, model_options, disable_dynamic).patcher
 
 
 def _vision_patcher(folder: str, disable_dynamic: bool = False):
     return load_vision_encoder(folder).patcher
 
 
-def read_configs(folder: Path) -> SimpleNamespace:
-    """Both text encoders' configurations in the words of ComfyUI's classes, and their tokenizers."""
-    config = read_json(folder / "clip" / "open_clip_config.json")
-    tokenizer = FastTokenizer(clip_backend(folder / "clip"), "<|startoftext|>", "<|endoftext|>")
-    clip = clip_text_config(config, tokenizer, folder.name)
-    return SimpleNamespace(
-        where=folder.name,
-        clip=clip,
-        clip_tokenizer=tokenizer,
-        clip_length=min(CLIP_LENGTH, clip["max_position_embeddings"]),
-        t5=t5_config(read_json(folder / "t5" / "config.json"), folder.name),
-        t5_tokenizer=FastTokenizer(load_t5_tokenizer(folder / "t5"), None, "</s>"),
+def clip_makers(folder: Path):
+    """What builds ComfyUI's CLIP text encoder of a folder, and what builds its tokenizer."""
+    folder = folder / "clip"
+    backend = FastTokenizer(clip_backend(folder), "<|startoftext|>", "<|endoftext|>")
+    config = clip_text_config(read_json(folder / "open_clip_config.json"), backend, folder.parent.name)
+    tokens = {"start": config["bos_token_id"], "end": config["eos_token_id"], "pad": config["eos_token_id"]}
+    encoder = partial(
+        comfy.sd1_clip.SDClipModel,
+        max_length=config["max_position_embeddings"],
+        textmodel_json_config=config,
+        model_class=CLIPText,
+        special_tokens=tokens,
+    )
+    return encoder, partial(
+        comfy.sd1_clip.SDTokenizer,
+        tokenizer_class=backend,
+        embedding_size=config["hidden_size"],
+        embedding_key="clip_l",
+    )
+
+
+def t5_makers(folder: Path):
+    """What builds ComfyUI's T5 of a folder, and what builds its tokenizer."""
+    folder = folder / "t5"
+    config = t5_config(read_json(folder / "config.json"), folder.parent.name)
+    encoder = partial(
+        comfy.sd1_clip.SDClipModel,
+        textmodel_json_config=config,
+        model_class=comfy.text_encoders.t5.T5,
+        special_tokens={"end": 1, "pad": 0},
+    )
+    return encoder, partial(
+        comfy.sd1_clip.SDTokenizer,
+        tokenizer_class=FastTokenizer(load_t5_tokenizer(folder), None, "</s>"),
+        embedding_size=config["d_model"],
+        embedding_key="t5xxl",
+        has_start_token=False,
+        pad_with_end=False,
+        pad_to_max_length=False,
     )
 
 
@@ -302,8 +316,8 @@ CLIP_VISION_FIELDS = {"image_size", "layers", "width", "head_width", "patch_size
 
 
 def clip_text_config(config: dict, tokenizer: FastTokenizer, where: str) -> dict:
-    model = config["model_cfg"]
-    text = model["text_cfg"]
+    model = setting(config, "model_cfg", f"{where}/clip/open_clip_config.json")
+    text = setting(model, "text_cfg", f"{where}/clip/open_clip_config.json")
     check_plain(text, CLIP_TEXT_FIELDS, f"{where}/clip", "text")
     width = text.get("width", 512)
     return {
@@ -314,15 +328,15 @@ def clip_text_config(config: dict, tokenizer: FastTokenizer, where: str) -> dict
         "hidden_act": activation(model),
         "max_position_embeddings": text.get("context_length", 77),
         "vocab_size": text.get("vocab_size", 49408),
-        "projection_dim": model["embed_dim"],
+        "projection_dim": setting(model, "embed_dim", f"{where}/clip/open_clip_config.json"),
         "bos_token_id": tokenizer.start[0],
         "eos_token_id": tokenizer.end[0],
     }
 
 
 def vision_config(config: dict) -> dict:
-    model = config["model_cfg"]
-    vision = model["vision_cfg"]
+    model = setting(config, "model_cfg", "clip/open_clip_config.json")
+    vision = setting(model, "vision_cfg", "clip/open_clip_config.json")
     check_plain(vision, CLIP_VISION_FIELDS, "clip/open_clip_config.json", "image")
     width, size = vision.get("width", 768), vision.get("image_size", 224)
     preprocessing = config.get("preprocess_cfg", {})
@@ -337,7 +351,7 @@ def vision_config(config: dict) -> dict:
         "image_size": size if isinstance(size, int) else size[0],
         "patch_size": vision.get("patch_size", 16),
         "num_channels": 3,
-        "projection_dim": model["embed_dim"],
+        "projection_dim": setting(model, "embed_dim", "clip/open_clip_config.json"),
         **statistics,
     }
 
@@ -372,36 +386,35 @@ def t5_config(config: dict, where: str) -> dict:
                 f"{where}/t5/config.json sets {name} = {value!r}, ComfyUI's T5 knows only {expected!r}. Use a T5 of the "
                 f"usual architecture, such as T5 v1.1."
             )
+    sizes = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "vocab_size")
     return {
-        "d_model": config["d_model"],
-        "d_kv": config["d_kv"],
-        "d_ff": config["d_ff"],
-        "num_heads": config["num_heads"],
-        "num_layers": config["num_layers"],
-        "vocab_size": config["vocab_size"],
+        **{name: setting(config, name, f"{where}/t5/config.json") for name in sizes},
         "dense_act_fn": functions[function],
         "is_gated_act": gated,
         "model_type": "t5",
     }
 
 
+def setting(config: dict, name: str, file: str):
+    if name not in config:
+        raise ValueError(f"{file} does not say {name}. Copy the configuration that belongs to the weights there.")
+    return config[name]
+
+
 def clip_backend(folder: Path):
     """The folder's own merges, or OpenAI's vocabulary as ComfyUI ships it."""
     file = folder / MERGES_FILE
     if file.is_file():
-        lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1:]
-    else:
-        own = Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer" / "merges.txt"
-        lines = own.read_text(encoding="utf-8").split("\n")[1:]
+        return clip_tokenizer(read_merges(file))
+    own = Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer" / "merges.txt"
     most = 49152 - 256 - 2  # of OpenAI's merges, those that CLIP uses
-    return clip_tokenizer([tuple(line.split()) for line in lines[:most] if line])
+    lines = own.read_text(encoding="utf-8").split("\n")[1 : most + 1]
+    return clip_tokenizer([tuple(line.split()) for line in lines if line])
 
 
 def clip_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """open_clip's file in ComfyUI's names: the text half and the image half."""
-    file = folder / "clip" / "open_clip_model.safetensors"
-    check_safetensors(file)
-    weights = comfy.utils.load_torch_file(str(file), safe_load=True)
+    weights, _ = load_files(folder / "clip", "open_clip_model.safetensors")
     image = {name: weights.pop(name) for name in list(weights) if name.startswith("visual.")}
     text = {name.removeprefix("text."): tensor for name, tensor in weights.items() if "logit" not in name}
     text = comfy.utils.clip_text_transformers_convert(text, "", "")
@@ -409,9 +422,20 @@ def clip_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def t5_weights(folder: Path) -> dict[str, Tensor]:
-    """The encoder half of one file, or of the parts that its index lists."""
-    weights: dict[str, Tensor] = {}
-    for file in weight_files(folder / "t5", "model.safetensors"):
+    """The encoder half of one file, or of the parts that its index lists, with ComfyUI's notes on scaled weights."""
+    weights, notes = load_files(folder / "t5", "model.safetensors")
+    of_encoder = ("shared.", "encoder.")
+    weights = {name: tensor for name, tensor in weights.items() if name.startswith((*of_encoder, "scaled_fp8"))}
+    weights, _ = comfy.utils.convert_old_quants(weights, model_prefix="", metadata=notes)
+    return {name: tensor for name, tensor in weights.items() if name.startswith(of_encoder)}
+
+
+def load_files(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the notes of a safetensors file, or of the parts that its index lists."""
+    weights, notes = {}, {}
+    for file in weight_files(folder, name):
         check_safetensors(file)
-        weights |= comfy.utils.load_torch_file(str(file), safe_load=True)
-    return {name: tensor for name, tensor in weights.items() if name.startswith(("shared.", "encoder."))}
+        tensors, metadata = comfy.utils.load_torch_file(str(file), safe_load=True, return_metadata=True)
+        weights |= tensors
+        notes |= metadata or {}
+    return weights, notes

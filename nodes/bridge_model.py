@@ -20,8 +20,9 @@ from torch import Tensor
 from ..ediffi_core.checkpoint import NetworkHeader, check_finite, read_header
 from ..ediffi_core.schedule import SIGMA_MAX, SIGMA_MIN
 from ..ediffi_core.unet import UNet, UNetConfig
-from .bridge_conditioning import check_conditioning, style, unpacked
+from .bridge_conditioning import check_conditioning, unpacked
 from .bridge_painting import make_obey
+from .bridge_style import MARKER, PICTURES, style_of
 
 Patcher = comfy.model_patcher.ModelPatcher
 
@@ -47,10 +48,12 @@ class ComfyUNet(UNet):
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
         return executor.execute(x, timesteps, context, control, options, **kwargs)
 
-    def _forward(self, x, timesteps, context, control, transformer_options, pooled, image, image_mask, **_) -> Tensor:
+    def _forward(
+        self, x, timesteps, context, control, transformer_options, pooled, image, image_strength, **_
+    ) -> Tensor:
         if control is not None:
             raise ValueError("There are no ControlNets for eDiff-I networks. Remove Apply ControlNet from the prompt.")
-        conditioning = unpacked(context, pooled, image, image_mask > 0.5, self.config)
+        conditioning = unpacked(context, pooled, image, image_strength, self.config)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
             if bias is not None:
@@ -85,13 +88,13 @@ class EDiffIModel(comfy.model_base.BaseModel):
         check_images(kwargs["noise"].shape, config)
         tokens, pooled = kwargs.get("cross_attn"), kwargs.get("pooled_output")
         check_conditioning(tokens, pooled, config)
-        image, image_mask = style(kwargs.get("unclip_conditioning"), config.image_width)
+        image, strength = style_of(kwargs.get(PICTURES), config.image_width)
         # CONDRegular: prompts of different length are not tiled to a common one but run one after the other
         return {
             "c_crossattn": comfy.conds.CONDRegular(tokens),
             "pooled": comfy.conds.CONDRegular(pooled),
             "image": comfy.conds.CONDRegular(image),
-            "image_mask": comfy.conds.CONDRegular(image_mask.float()),
+            MARKER: comfy.conds.CONDRegular(strength),
         }
 
 

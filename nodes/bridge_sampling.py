@@ -11,6 +11,7 @@ from collections.abc import Callable
 import comfy.k_diffusion.sampling as k_sampling
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -147,8 +148,13 @@ def with_thresholding(model, percentile: float, maximum: float):
             f"Thresholding needs a MODEL in pixel space, whose values lie in [-1, 1]; this one samples {latent.latent_channels} "
             f"latent channels. Leave eDiff-I Dynamic Thresholding out."
         )
+
+    def threshold(executor, *args, **kwargs):
+        return thresholded(executor(*args, **kwargs), percentile, maximum)
+
+    # around the whole prediction: a guider of two scales calls ComfyUI's post-cfg functions before its sum is complete
     clone = model.clone()
-    clone.set_model_sampler_post_cfg_function(lambda given: thresholded(given["denoised"], percentile, maximum))
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, "ediffi_thresholding", threshold)
     return clone
 
 

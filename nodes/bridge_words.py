@@ -10,7 +10,7 @@ is raised: no span is a guess.
 import copy
 import logging
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from numbers import Integral
@@ -33,13 +33,14 @@ class Untraceable(ValueError):
     """The tokens of an encoder cannot be followed back to the prompt."""
 
 
-def words_of(clip, text: str, length: int) -> Words:
+def words_of(clip, text: str, length: int, silent: Collection[str] = ()) -> Words:
     """The words of a prompt and the span of each of the `length` columns that `clip` made of it.
 
-    Never raises: a CLIP that cannot be followed has the spans None.
+    silent: keys of ComfyUI's tokens whose encoders were given an empty prompt. Never raises: a CLIP that cannot be followed
+    has the spans None.
     """
     try:
-        return _followed(clip, text, length)
+        return _followed(clip, text, length, silent)
     except Exception as error:  # tokenizers of other packs fail in ways of their own, and the prompt is encoded
         logger.debug("The tokens of a prompt cannot be followed.", exc_info=error)
         return Words(plain(text), None, str(error))
@@ -219,35 +220,45 @@ def spans_of(rows: Sequence[list], groups: Sequence[list[tuple]], width: int) ->
     return spans
 
 
-def _followed(clip, text: str, length: int) -> Words:
+def _followed(clip, text: str, length: int, silent: Collection[str]) -> Words:
     model = getattr(clip, "cond_stage_model", None)
-    kind, groups = _token_axis(model)
+    kind, groups = token_axis(model)
     keys = [key for group in groups for key in group]
-    tokens, pieces, templates = _listened(clip, text, keys)
-    widths = {key: _part(model, key)[1].transformer.get_input_embeddings().embedding_dim for key in keys}
+    words, rows, placements = traced(clip, text, keys)
+    spans = {key: spans_of(rows[key], placements[key], width_of(model, key)) for key in keys}
+    if silent:
+        empty = clip.tokenize("")
+        spans |= {key: [NOTHING] * sum(map(len, empty[key])) for key in keys if key in silent}
+    columns = [span for group in groups for span in _shared([spans[key] for key in group])]
+    cut = len(columns) - length
+    if cut and (kind not in CUT_IN_FRONT or cut < 0):
+        raise Untraceable(f"{kind} made {length} columns of {len(columns)} tokens")
+    return Words(words, tuple(columns[cut:]))
 
+
+def traced(clip, text: str, keys: Sequence[str]) -> tuple[str, dict[str, list], dict[str, list[list[tuple]]]]:
+    """(prompt without weights, {key: rows of tokens with word ids}, {key: what `placed` says}), by key of ComfyUI's tokens."""
+    tokens, pieces, templates = _listened(clip, text, keys)
     # language models read the brackets of weights as text, and a prompt may bring its own template
     unweighted = comfy.sd1_clip.unescape_important(comfy.sd1_clip.escape_important(text))
     readings = [(words, framed) for words in dict.fromkeys((plain(text), unweighted)) for framed in (True, False)]
     problem = None
     for words, framed in readings:
         try:
-            spans = {
-                key: spans_of(tokens[key], placed(pieces[key], words, *(templates[key] if framed else ())), widths[key])
-                for key in keys
-            }
+            found = {key: placed(pieces[key], words, *(templates[key] if framed else ())) for key in keys}
         except Untraceable as error:
             problem = problem or error
             continue
-        columns = [span for group in groups for span in _shared([spans[key] for key in group])]
-        cut = len(columns) - length
-        if cut and (kind not in CUT_IN_FRONT or cut < 0):
-            raise Untraceable(f"{kind} made {length} columns of {len(columns)} tokens")
-        return Words(words, tuple(columns[cut:]))
+        return words, {key: tokens[key] for key in keys}, found
     raise problem
 
 
-def _part(owner, key: str):
+def width_of(model, key: str) -> int:
+    """Of the embeddings of an encoder's tokens."""
+    return part(model, key)[1].transformer.get_input_embeddings().embedding_dim
+
+
+def part(owner, key: str):
     """(name, value) of the tokenizer or encoder for a key of ComfyUI's tokens; None for a part that is not there."""
     name = next((name for name in (key, f"clip_{key}") if hasattr(owner, name)), key)
     return name, getattr(owner, name, None)
@@ -259,7 +270,7 @@ def _listened(clip, text: str, keys: Sequence[str]) -> tuple[dict, dict[str, lis
     listening.tokenizer = copy.copy(clip.tokenizer)
     pieces = {}
     for key in keys:
-        name, tokenizer = _part(clip.tokenizer, key)
+        name, tokenizer = part(clip.tokenizer, key)
         if not isinstance(tokenizer, SDTokenizer):
             raise Untraceable(f"{type(clip.tokenizer).__name__} holds no tokenizer of ComfyUI for {name}")
         copied, pieces[key] = overheard(tokenizer)
@@ -272,7 +283,7 @@ def _listened(clip, text: str, keys: Sequence[str]) -> tuple[dict, dict[str, lis
     return listening.tokenize(text, return_word_ids=True), pieces, templates
 
 
-def _token_axis(model) -> tuple[str, list[tuple[str, ...]]]:
+def token_axis(model) -> tuple[str, list[tuple[str, ...]]]:
     """The class that encodes, and the keys of the tokens behind each other in its columns; a tuple shares columns."""
     kind = next((kind for kind in type(model).__mro__ if "encode_token_weights" in vars(kind)), type(model)).__name__
     if kind in ("SD1ClipModel", "Flux2TEModel", *CUT_IN_FRONT):
@@ -282,7 +293,7 @@ def _token_axis(model) -> tuple[str, list[tuple[str, ...]]]:
     if kind == "FluxClipModel":
         return kind, [("t5xxl",)]
     if kind == "SD3ClipModel":
-        there = [tuple(key for key in keys if _part(model, key)[1] is not None) for keys in (("l", "g"), ("t5xxl",))]
+        there = [tuple(key for key in keys if part(model, key)[1] is not None) for keys in (("l", "g"), ("t5xxl",))]
         return kind, [keys for keys in there if keys]
     raise Untraceable(f"the text encoder {kind} is not known")
 

@@ -2,20 +2,25 @@
 
     folders       what models/ediffi, models/ediffi_encoders and demo/ hold
     conditioning  how embeddings travel in a CONDITIONING
+    guidance      a CONDITIONING with some of them dropped
     model         one network file as a MODEL
     routing       several MODELs called like one
     prefetch      the next of them, loaded ahead
     painting      MODELs that obey painted regions, and note where they look
     regions       phrases, masks and paintings in a CONDITIONING
+    style         pictures whose look is wanted, in a CONDITIONING
     timeline      which expert denoises what, for pictures and the canvas
-    encoders      a folder of encoders as CLIP and CLIP_VISION
+    encoders      a folder of encoders as CLIPs and CLIP_VISION
+    combine       T5 and CLIP text, of a folder or of ComfyUI's loaders, as one CLIP
     words         which characters of the prompt each of its tokens stands for
+    tokens        what each encoder reads of a prompt, and what it leaves out
+    encoding      prompts that were encoded before
+    text          a prompt through the encoders of any CLIP
     sampling      ComfyUI's samplers with EDM's schedule and noise for each image
 
 When ComfyUI changes, the files bridge_*.py change and nothing else does.
 """
 
-import logging
 from pathlib import Path
 
 import comfy.model_management
@@ -25,11 +30,15 @@ import torch
 
 from ..ediffi_core.attention_maps import draw as draw_attention_maps
 from ..ediffi_core.checkpoint import check_experts, read_ensemble, read_header
-from ..ediffi_core.conditioning import CLIP_LENGTH
+from ..ediffi_core.guidance import DROPS
 from ..ediffi_core.paint_with_words import SCALES
+from ..ediffi_core.style import FITS
+from .bridge_combine import combined as combine_encoders
+from .bridge_combine import load_text_encoders
 from .bridge_conditioning import LENGTH, WORDS, Words, check_conditioning, for_experts, packed, unpacked
-from .bridge_encoders import is_ours, load_text_encoders, load_vision_encoder
+from .bridge_encoders import is_ours, load_vision_encoder
 from .bridge_folders import entries, entry, register_folders
+from .bridge_guidance import dropped
 from .bridge_model import check_images, load_expert, pixel_vae
 from .bridge_regions import attention_maps, bind, bind_colors, obey_paint
 from .bridge_regions import paint as paint_regions
@@ -44,11 +53,16 @@ from .bridge_sampling import (
     schedule,
     with_thresholding,
 )
+from .bridge_style import HIGHEST, encode_style, with_style
+from .bridge_text import encode_text
 from .bridge_timeline import UNITS, announce, draw, is_flow, join, shown, timeline
-from .bridge_words import words_of
+from .bridge_tokens import shown as shown_tokens
 
 __all__ = [
     "CHURNING",
+    "DROPS",
+    "FITS",
+    "HIGHEST",
     "LENGTH",
     "SAMPLERS",
     "SCALES",
@@ -63,10 +77,13 @@ __all__ = [
     "bind_colors",
     "check_conditioning",
     "check_images",
+    "combine_encoders",
     "draw",
     "draw_attention_maps",
+    "dropped",
     "edm_sampler",
     "empty_image",
+    "encode_style",
     "encode_text",
     "entries",
     "entry",
@@ -88,12 +105,12 @@ __all__ = [
     "sampler_named",
     "schedule",
     "shown",
+    "shown_tokens",
     "timeline",
     "unpacked",
+    "with_style",
     "with_thresholding",
 ]
-
-logger = logging.getLogger("ediffi")
 
 
 def load_ensemble(folder: str | Path):
@@ -114,37 +131,6 @@ def load_encoders(folder: str | Path, embedding_directory=None):
     clip = load_text_encoders(folder, {"embedding_directory": embedding_directory})
     comfy.model_management.throw_exception_if_processing_interrupted()
     return clip, load_vision_encoder(folder)
-
-
-def encode_text(clip: comfy.sd.CLIP, text: str, use_t5: bool = True, use_clip: bool = True):
-    """(CONDITIONING that remembers its words, sentences about what was cut off).
-
-    A switched-off encoder leaves no trace, as in the paper's ablation (eDiff-I, Sec. 5.2). Raises ValueError where a CLIP
-    that is not ours is asked to leave an encoder out.
-    """
-    if not is_ours(clip):
-        if not (use_t5 and use_clip):
-            raise ValueError(
-                "use_t5 and use_clip switch the two encoders of eDiff-I Load Encoders, but this CLIP comes from another "
-                "loader, whose encoders cannot be taken apart. Set both to true, or connect the CLIP of eDiff-I Load "
-                "Encoders."
-            )
-        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-        words = words_of(clip, text, conditioning[0][0].shape[1])
-        return [[encoded, values | {WORDS: words}] for encoded, values in conditioning], ()
-
-    tokens, empty = clip.tokenize(text), clip.tokenize("")
-    words, cut = tokens.words, dict(tokens.cut)
-    switches = (("l", "clip", use_clip, slice(CLIP_LENGTH)), ("t5xxl", "t5", use_t5, slice(CLIP_LENGTH, LENGTH)))
-    for key, name, used, columns in switches:
-        if not used:
-            tokens[key] = empty[key]
-            cut.pop(name, None)
-            words = words.without(columns)
-    tokens.words = words
-    for sentence in cut.values():
-        logger.warning(sentence)
-    return clip.encode_from_tokens_scheduled(tokens, add_dict={WORDS: tokens.words}), tuple(cut.values())
 
 
 def paint(clip: comfy.sd.CLIP, text: str, width: int, height: int, painting: str):

@@ -236,7 +236,8 @@ class DynamicThresholding(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     round=False,
-                    tooltip="The share of values that shall fit into the range; what is larger is cut. Lower is calmer.",
+                    tooltip="The share of values that are not cut; all are then scaled down to fit. Higher scales more, towards "
+                    "gray; lower cuts more.",
                 ),
                 io.Float.Input(
                     "maximum",

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,6 +39,7 @@ from ..encoders import (
     clip_tokenizer,
     clip_tokens,
     clip_vocabulary,
+    load_clip,
     load_clip_tokenizer,
     load_encoders,
     load_t5_tokenizer,
@@ -330,6 +332,34 @@ def train_clip(model, tokenizer, of: list[Scene], images: Tensor, data: dict, tr
         yield step, loss.item()
 
 
+def train_vision(model, of: list[Scene], images: Tensor, text: Tensor, training: dict, seed: int) -> Steps:
+    """The image tower goes on alone: it also learns to name a picture's style, which contrast with captions hardly teaches.
+
+    text: (N, E) embeddings of one caption of each scene by the finished text tower, which stays as it is.
+    """
+    rng = np.random.default_rng(seed)
+    normalise = image_normalisation()
+    styles = torch.tensor([list(STYLES).index(scene.style) for scene in of])
+    namer = nn.Sequential(nn.LayerNorm(text.shape[1]), nn.Linear(text.shape[1], len(STYLES)))
+    text = F.normalize(text, dim=-1)
+    learning = nn.ModuleList([model.visual, namer])
+    optimizer, schedule = optimization(learning, training, betas=(0.9, 0.98))
+    for step in range(1, training["steps"] + 1):
+        chosen = rng.choice(len(of), training["batch"], replace=False)
+        with (
+            low_precision(training),
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # whose backward is the fast one in bfloat16 on CPUs
+            image = model.encode_image(normalise(images[chosen]))
+        image = image.float()
+        logits = model.logit_scale.exp() * F.normalize(image, dim=-1) @ text[chosen].T
+        matches = torch.arange(len(chosen))
+        contrast = (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
+        naming = F.cross_entropy(namer(image), styles[chosen])
+        descend(learning, naming + training["contrast"] * contrast, optimizer, schedule)
+        yield step, naming.item()
+
+
 def of_the_same_colors(of: list[Scene]) -> list[np.ndarray]:
     """Indices of the scenes whose objects have the same colours."""
     groups = {}
@@ -524,6 +554,27 @@ def make_clip(recipe: dict, folder: Path) -> Steps:
     write_clip(folder, model, clip["network"], recipe["name"])
 
 
+def make_vision(recipe: dict, folder: Path) -> Steps:
+    """Continues the image tower of the CLIP that `make_clip` wrote; its text tower stays what it is."""
+    data, clip = recipe["data"], recipe["clip"]
+    training, seed = clip["vision_training"], data["seed"]
+    model, _ = load_clip(folder, "cpu", torch.float32)
+    tokenizer = load_clip_tokenizer(folder)
+    bases = scenes(training["scenes"], seed + 6)
+    of = [replace(scene, style=style) for scene in bases for style in STYLES]
+    images = pictures(of, clip["network"]["vision_cfg"]["image_size"])
+    rng = np.random.default_rng(seed + 6)
+    text = []
+    with torch.no_grad():
+        for start in range(0, len(of), 200):
+            rows = [clip_tokens(tokenizer, caption(s, rng, "long").text).ids for s in of[start : start + 200]]
+            text.append(text_embedding(model, padded(rows)[0]))
+    model.visual.train().requires_grad_(True)
+    torch.manual_seed(seed)
+    yield from train_vision(model, of, images, torch.cat(text), training, seed)
+    write_clip(folder, model, clip["network"], recipe["name"])
+
+
 @torch.no_grad()
 def measure(folder: Path, recipe: dict) -> dict:
     """What the finished files can do on scenes that training never saw."""
@@ -640,7 +691,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ediffi_core.training.encoders", description=__doc__.split("\n")[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, default=None, help="folder to write (default: demo/encoders/NAME)")
-    parser.add_argument("--part", choices=("t5", "clip", "describe"), help="only this part (default: all, in order)")
+    parser.add_argument(
+        "--part", choices=("t5", "clip", "vision", "describe"), help="only this part (default: all, in order)"
+    )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's choice)")
     options = parser.parse_args(arguments)
 
@@ -653,6 +706,8 @@ def main(arguments: list[str] | None = None) -> None:
         report("T5", recipe["t5"]["training"]["steps"], make_t5(recipe, folder / "t5"))
     if options.part in (None, "clip"):
         report("CLIP", recipe["clip"]["training"]["steps"], make_clip(recipe, folder / "clip"))
+    if options.part in (None, "vision"):
+        report("CLIP image", recipe["clip"]["vision_training"]["steps"], make_vision(recipe, folder / "clip"))
     if options.part in (None, "describe"):
         print(json.dumps(describe(folder, recipe), indent=2))
 

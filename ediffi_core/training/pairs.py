@@ -134,7 +134,7 @@ class Pairs:
         """
         images = self.pictures[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
         (clip, clip_mask), (t5, t5_mask) = (self._padded(name, rows) for name in TOKENS)
-        present = torch.ones(len(rows), dtype=torch.bool)
+        present = torch.ones(len(rows))
         pooled, image = self.clip_pooled[rows].float(), self.image[rows if references is None else references].float()
         return images, Conditioning(clip, clip_mask, pooled, t5, t5_mask, image, present)
 

@@ -71,6 +71,8 @@ class Node:
     excludes: tuple[tuple[int, int], ...] = ()  # intervals taken away instead, the paper's minus sign
     expert: bool = False  # part of the finished ensemble?
     learning_rate: float | None = None  # None: the recipe's
+    noise_mean: float | None = None  # of ln sigma; None: the recipe's
+    noise_std: float | None = None
     seed: int = 0
 
     @property

@@ -78,6 +78,8 @@ class Trainer:
         if node.parent is not None:
             self.network.load_state_dict(_float(read_weights(self.folder / f"{node.parent}.safetensors")))
         self.average = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        own = {"mean": node.noise_mean, "std": node.noise_std}
+        self.noise = replace(recipe.noise, **{name: value for name, value in own.items() if value is not None})
         settings = recipe.optimizer
         self.learning_rate = node.learning_rate if node.learning_rate is not None else settings.learning_rate
         self.optimizer = torch.optim.AdamW(
@@ -148,7 +150,7 @@ class Trainer:
         if rates.pooled:
             kept = torch.rand(batch, 1, generator=generator) >= rates.pooled
             conditioning = replace(conditioning, clip_pooled=conditioning.clip_pooled * kept)
-        sigma = self.recipe.noise.sample(batch, self.node.intervals, generator).float()
+        sigma = self.noise.sample(batch, self.node.intervals, generator).float()
         noise = torch.randn(images.shape, generator=generator)
         return images.to(self.device), conditioning.to(self.device), sigma.to(self.device), noise.to(self.device)
 

@@ -78,6 +78,29 @@ def test_a_workflow_opens_without_red_nodes_means_what_dev_py_sends_and_runs(fro
     assert all(file.startswith(b"\x89PNG") or file[4:8] == b"ftyp" for file in made)  # pictures or MP4 films
 
 
+PICTURED = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md") if "](images/" in path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("node", PICTURED)
+def test_a_help_page_shows_its_pictures(frontend, node):
+    frontend.page.evaluate(
+        """(type) => {
+            window.app.graph.clear();
+            const node = window.LiteGraph.createNode(type);
+            window.app.graph.add(node);
+            node.pos = [300, 300];
+            window.app.canvas.selectNode(node);
+        }""",
+        node,
+    )
+    frontend.page.get_by_test_id("info-button").click()
+    loaded = """() => {
+        const images = [...document.querySelectorAll("img")].filter((one) => one.src.includes("/docs/images/"));
+        return images.length > 0 && images.every((one) => one.complete && one.naturalWidth > 0);
+    }"""
+    frontend.page.wait_for_function(loaded, timeout=20_000)
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_is_among_the_templates_with_its_picture(server, path):
     templates = server.get("/api/workflow_templates")

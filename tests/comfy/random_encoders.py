@@ -4,20 +4,21 @@ import gzip
 import json
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 WORDS = ["a", "red", "green", "fox", "cat", "hat", "on", "the", "grass", "striped", "circle", "and", "under"]
 
 
-def write_encoders(folder, seed=0, quick_gelu=False):
-    write_t5(folder / "t5", seed)
-    write_clip(folder / "clip", seed, quick_gelu)
+def write_encoders(folder, seed=0, quick_gelu=False, dtype=torch.half):
+    write_t5(folder / "t5", seed, dtype=dtype)
+    write_clip(folder / "clip", seed, quick_gelu, dtype=dtype)
     return folder
 
 
-def write_t5(folder, seed, width=14, heads=2, channels=8, hidden=20, layers=2):
+def write_t5(folder, seed, width=14, heads=2, channels=8, hidden=20, layers=2, vocabulary=None, dtype=torch.half):
     folder.mkdir(parents=True)
-    vocabulary = write_t5_tokenizer(folder)
+    own = write_t5_tokenizer(folder)
+    vocabulary = vocabulary or own
     shapes = {"shared.weight": (vocabulary, width), "encoder.final_layer_norm.weight": (width,)}
     for i in range(layers):
         block = f"encoder.block.{i}.layer"
@@ -30,7 +31,7 @@ def write_t5(folder, seed, width=14, heads=2, channels=8, hidden=20, layers=2):
         for j in range(2):
             shapes[f"{block}.{j}.layer_norm.weight"] = (width,)
     shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, heads)
-    save(folder / "model.safetensors", shapes, seed)
+    save(folder / "model.safetensors", shapes, seed, dtype)
     config = dict(
         d_model=width, d_kv=channels, d_ff=hidden, num_layers=layers, num_heads=heads, vocab_size=vocabulary,
         feed_forward_proj="gated-gelu", model_type="t5", tie_word_embeddings=False,
@@ -59,11 +60,11 @@ def write_t5_tokenizer(folder):
     return tokenizer.get_vocab_size()
 
 
-def write_clip(folder, seed, quick_gelu, text=12, vision=16, embedding=10, layers=2):
+def write_clip(folder, seed, quick_gelu, text=12, vision=16, embedding=10, layers=2, vocabulary=None, dtype=torch.half):
     folder.mkdir(parents=True)
     merges = ["r e", "re d</w>", "f o", "fo x</w>", "c a", "ca t</w>"]
     (folder / "bpe_merges.txt.gz").write_bytes(gzip.compress("\n".join(["#version: 0.2", *merges]).encode()))
-    vocabulary = 2 * 256 + len(merges) + 2
+    vocabulary = vocabulary or 2 * 256 + len(merges) + 2
     shapes = {
         "positional_embedding": (77, text),
         "token_embedding.weight": (vocabulary, text),
@@ -76,8 +77,8 @@ def write_clip(folder, seed, quick_gelu, text=12, vision=16, embedding=10, layer
         "visual.conv1.weight": (vision, 3, 8, 8),
         "logit_scale": (),
     }
-    for tower, width in (("", text), ("visual.", vision)):
-        for i in range(layers):
+    for tower, width, depth in (("", text, layers), ("visual.", vision, 2)):
+        for i in range(depth):
             block = f"{tower}transformer.resblocks.{i}"
             for name in ("ln_1", "ln_2"):
                 shapes |= {f"{block}.{name}.weight": (width,), f"{block}.{name}.bias": (width,)}
@@ -93,12 +94,12 @@ def write_clip(folder, seed, quick_gelu, text=12, vision=16, embedding=10, layer
             }
     for name in ("ln_pre", "ln_post"):
         shapes |= {f"visual.{name}.weight": (vision,), f"visual.{name}.bias": (vision,)}
-    save(folder / "open_clip_model.safetensors", shapes, seed)
+    save(folder / "open_clip_model.safetensors", shapes, seed, dtype)
     config = {
         "model_cfg": {
             "embed_dim": embedding,
             "quick_gelu": quick_gelu,
-            "vision_cfg": dict(image_size=32, patch_size=8, width=vision, head_width=8, layers=layers),
+            "vision_cfg": dict(image_size=32, patch_size=8, width=vision, head_width=8, layers=2),
             "text_cfg": dict(context_length=77, vocab_size=vocabulary, width=text, heads=2, layers=layers),
         },
         "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]},
@@ -106,8 +107,20 @@ def write_clip(folder, seed, quick_gelu, text=12, vision=16, embedding=10, layer
     (folder / "open_clip_config.json").write_text(json.dumps(config))
 
 
-def save(file, shapes, seed):
+def save(file, shapes, seed, dtype=torch.half):
     """Half precision, as ComfyUI holds text encoders."""
     generator = torch.Generator().manual_seed(seed)
     weights = {name: torch.randn(shape, generator=generator) * 0.5 for name, shape in shapes.items()}
-    save_file({name: weight.half() for name, weight in weights.items()}, file)
+    save_file({name: weight.to(dtype) for name, weight in weights.items()}, file)
+
+
+def split_file(file, parts=2):
+    """Replaces a file by parts and the index that lists them, as Hugging Face's libraries do."""
+    weights = load_file(file)
+    names = [f"{file.stem}-{i + 1:05}-of-{parts:05}.safetensors" for i in range(parts)]
+    place = {name: names[i % parts] for i, name in enumerate(sorted(weights))}
+    for part in names:
+        save_file({name: weights[name] for name in place if place[name] == part}, file.with_name(part))
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    file.unlink()
+    return [file.with_name(part) for part in names]

@@ -47,7 +47,7 @@ def test_a_style_image_reaches_the_network(pack, ensembles, expert, positive):
     plain = core_conditioning(pack, positive, header.config)
     from dataclasses import replace
 
-    expected_conditioning = replace(plain, image=0.7 * embedding, image_mask=torch.ones(1, dtype=torch.bool))
+    expected_conditioning = replace(plain, image=embedding, image_strength=torch.tensor([0.7]))
     x, sigma = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.ones(1)
     with torch.no_grad():
         ours = expert.model.apply_model(x, sigma, **conds(expert.model, styled, x.shape))

@@ -5,7 +5,7 @@ import json
 from .conftest import ROOT
 from .golden.regenerate import GOLDEN, description
 
-CATEGORIES = {"text", "experts", "regions", "sampling", "cascade", "analysis"}
+CATEGORIES = {"text", "style", "experts", "regions", "sampling", "cascade", "analysis"}
 
 
 def test_schemas_are_the_promised_ones(pack):

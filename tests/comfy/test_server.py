@@ -148,3 +148,20 @@ def test_a_cached_run_shows_the_same_again(server):
     graph = prompt(seed=11)
     first = server.run(graph).outputs["6"]["ediffi_timeline"]
     assert server.run(graph).outputs["6"]["ediffi_timeline"] == first
+
+
+def test_styles_travel_from_a_picture_to_the_sampler(server):
+    graph = prompt(seed=12)
+    nodes = {
+        "20": ("EmptyImage", {"width": 40, "height": 90, "batch_size": 1, "color": 0xFF8000}),
+        "21": ("EDiffI_EncodeStyle", {"clip_vision": ["2", 1], "image": ["20", 0], "fit": "whole"}),
+        "22": ("EDiffI_StyleImage", {"conditioning": ["3", 0], "clip_vision_output": ["21", 0], "strength": 0.7,
+                                     "start_sigma": 5.0, "end_sigma": 0.5}),
+    }  # fmt: skip
+    graph |= {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}
+    graph["6"]["inputs"]["positive"] = ["22", 0]
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    assert len(result.outputs["8"]["images"]) == 2
+    graph["22"]["inputs"]["start_sigma"] = 0.1
+    assert "start_sigma 0.1 lies below end_sigma 0.5" in server.run(graph).error

@@ -153,3 +153,12 @@ def test_a_small_file_that_is_no_stand_in_is_not_accepted(nodes, pack):
     safetensors.torch.save_file(weights, pack.models / "checkpoints/small.safetensors")
     with pytest.raises(RuntimeError, match="Could not detect model type"):
         nodes("CheckpointLoaderSimple", "small.safetensors")
+
+
+def test_redux_makes_the_real_number_of_tokens(nodes):
+    vision = nodes("CLIPVisionLoader", "sigclip_vision_patch14_384.safetensors")
+    output = nodes("CLIPVisionEncode", vision, torch.rand(1, 40, 60, 3), "center")
+    tokens = nodes("StyleModelLoader", "flux1-redux-dev.safetensors").get_cond(output)
+    assert tokens.shape == (1, 729, 4096)
+    assert tokens.isfinite().all()
+    assert tokens.std() > 0.01

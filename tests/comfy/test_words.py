@@ -297,7 +297,7 @@ def test_a_phrase_that_our_encoders_do_not_read_has_no_columns(pack, clips):
 def test_longer_paddings_move_no_word(pack, clips, kind):
     clip = clips[kind].clone()
     clip.set_tokenizer_option("t5xxl_min_length", 300)
-    assert pack.bridge.encode_text(clip, "a red fox")[1] == (), "nothing is cut off"
+    assert not [reading for reading in pack.bridge.encode_text(clip, "a red fox")[1] if reading.sentences()]
     before, after = encoded(pack, clips[kind], "a red fox")[1], encoded(pack, clip, "a red fox")[1]
     shared = min(len(before.spans), len(after.spans))
     assert after.spans[:shared] == before.spans[:shared]

@@ -1,6 +1,7 @@
 """The encoders decide what every network sees: a token that moves, a word that vanishes in silence, or a batch that
 differs from its rows would spoil pictures without any error."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ from ediffi_core.encoders import (
 
 for library in ("transformers", "tokenizers", "open_clip", "safetensors"):
     pytest.importorskip(library, reason=f"the encoders need {library}, which is not installed")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 DEMO = Path(__file__).parents[2] / "demo" / "encoders" / "shapeworld"
 
@@ -57,11 +60,23 @@ def folder(tmp_path):
 
 
 def test_a_batch_equals_its_rows(encoders):
+    """Which tokens are there, and the zeros of those that are not, bit for bit. The states to 1e-6 of the largest: products of
+    more rows at once, and padding to the longest prompt, add up in another order."""
     together = encoders.encode_text(PROMPTS)
     for i, prompt in enumerate(PROMPTS):
         alone = encoders.encode_text([prompt])
         for name, batch, row in zip(together._fields, together, alone, strict=True):
-            torch.testing.assert_close(batch[i : i + 1], row, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            batch = batch[i : i + 1]
+            assert torch.equal(batch != 0, row != 0), name
+            assert (batch.float() - row.float()).abs().max() <= 1e-6 * row.float().abs().max(), name
+
+
+def test_what_is_absent_is_zero_without_a_sign(encoders):
+    text = encoders.encode_text(PROMPTS)
+    for states, mask in ((text.clip_tokens, text.clip_mask), (text.t5_tokens, text.t5_mask)):
+        absent = states[~mask]
+        assert not absent.any()
+        assert not torch.signbit(absent).any()
 
 
 def test_shapes_follow_the_paper_and_the_files(encoders):
@@ -359,3 +374,108 @@ def test_span_corruption_hides_the_share_asked_for_and_loses_nothing():
                 spans[current].append(t)
         restored = [x for t in inputs for x in (spans[t] if t >= 900 else [t])]
         assert restored == ids
+
+
+def in_parts(file, parts=3):
+    """Replaces a file by parts and the index that lists them, as Hugging Face's libraries do. Returns the index."""
+    weights = load_file(file)
+    place = {
+        name: f"{file.stem}-{i % parts + 1:05}-of-{parts:05}.safetensors" for i, name in enumerate(sorted(weights))
+    }
+    for part in set(place.values()):
+        save_file({name: weights[name] for name in place if place[name] == part}, file.with_name(part))
+    index = file.with_name(f"{file.name}.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    file.unlink()
+    return index
+
+
+def test_weights_in_parts_are_the_same_weights(encoders, folder):
+    for name in ("t5/model.safetensors", "clip/open_clip_model.safetensors"):
+        in_parts(folder / name)
+    for found, expected in zip(load_encoders(folder).encode_text(PROMPTS), encoders.encode_text(PROMPTS), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["t5/model.safetensors", "clip/open_clip_model.safetensors"])
+@pytest.mark.parametrize(
+    "part", ["../model.safetensors", "/etc/passwd", "C:\\model.safetensors", "sub/model.safetensors", "..", "", 7]
+)
+def test_an_index_that_leads_out_of_the_folder_is_refused(folder, name, part):
+    index = in_parts(folder / name)
+    listed = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": listed | {next(iter(listed)): part}}))
+    with pytest.raises(
+        ValueError, match=r"index\.json lists .* among its parts\. Parts must be files in the same folder"
+    ):
+        load_encoders(folder)
+
+
+def test_a_missing_part_is_named(folder):
+    index = in_parts(folder / "t5" / "model.safetensors")
+    index.with_name("model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00003\.safetensors is missing"):
+        load_encoders(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": []}'])
+def test_an_index_without_parts_is_named(folder, content):
+    (folder / "t5" / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"lists no parts in weight_map"):
+        load_encoders(folder)
+
+
+def test_a_damaged_tokenizer_is_named(folder):
+    (folder / "t5" / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"T5 tokenizer in .*t5 cannot be read .*again"):
+        load_encoders(folder)
+
+
+def test_damaged_merges_are_named(folder):
+    (folder / "clip" / MERGES_FILE).write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match=rf"{MERGES_FILE} is no list of merges in gzip.*again"):
+        load_encoders(folder)
+
+
+@pytest.mark.parametrize("scale_name", [None, "scale_weight", "weight_scale"])
+def test_weights_of_8_bits_are_read(folder, scale_name):
+    """Alone, or with the scales that ComfyUI's files have in their old and in their new form."""
+    file = folder / "t5" / "model.safetensors"
+    small, wide = {}, {}
+    for name, weight in load_file(file).items():
+        scale = weight.float().abs().max() / 448 if scale_name and weight.ndim == 2 else torch.tensor(1.0)
+        small[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+        wide[name] = small[name].float() * scale
+        if scale_name and weight.ndim == 2:
+            small[name.replace(".weight", f".{scale_name}")] = scale
+    save_file(wide, file)
+    expected = load_encoders(folder).encode_text(PROMPTS)
+    save_file(small, file)
+    for found, one in zip(load_encoders(folder).encode_text(PROMPTS), expected, strict=True):
+        assert torch.equal(found, one)
+
+
+def test_packed_weights_are_refused(folder):
+    file = folder / "t5" / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"shared.weight": weights["shared.weight"].contiguous().view(torch.uint8)}, file)
+    with pytest.raises(ValueError, match=r"holds shared\.weight as uint8, a packed type that only ComfyUI unpacks"):
+        load_encoders(folder)
+
+
+def test_loading_takes_no_more_memory_than_the_file(tmp_path):
+    """bench/encoder_memory.py measures the same for T5-XXL's size."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("The kernel does not say how much memory was taken at most.")
+    spec = importlib.util.spec_from_file_location("encoder_memory", DEMO.parents[2] / "bench" / "encoder_memory.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    size = bench.write(tmp_path / "encoders", layers=5, width=1024)
+
+    def encode(encoders):
+        encoders.encode_text([bench.PROMPT])
+
+    bench.measured(lambda: load_encoders(DEMO), encode)
+    found = bench.measured(lambda: load_encoders(tmp_path / "encoders", dtype=torch.bfloat16), encode)
+    assert 0.5 * size < found["peak"] <= 1.15 * size
+    assert found["left"] <= 0.25 * size  # what the allocator keeps of temporary copies

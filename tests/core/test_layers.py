@@ -12,6 +12,7 @@ FLOW = [
     "conditioning",
     "phrases",
     "encoders",
+    "style",
     "schedule",
     "intervals",
     "router",

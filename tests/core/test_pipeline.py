@@ -63,6 +63,17 @@ def test_another_prompt_and_another_style_give_another_picture(ensemble):
     assert not torch.equal(first, picture("a red circle", torch.ones(1, 3, 8, 8)))
 
 
+def test_the_style_may_have_a_guidance_of_its_own(ensemble):
+    def picture(style_scale, style):
+        settings = SETTINGS._replace(guidance_scale=4.0, style_guidance_scale=style_scale)
+        return generate(["a red circle"], ENCODERS, ensemble, settings=settings, style=style, size=(8, 8))
+
+    style = torch.ones(1, 3, 8, 8)
+    assert torch.equal(picture(4.0, style), picture(None, style))
+    assert not torch.equal(picture(1.0, style), picture(None, style))
+    assert torch.equal(picture(1.0, None), picture(None, None))
+
+
 def test_an_empty_prompt_is_a_dropped_one():
     conditioning = conditioning_of(["", "a red circle"], ENCODERS)
     assert not conditioning.clip_mask[0].any()
@@ -102,3 +113,24 @@ def test_a_damaged_ensemble_on_the_command_line_is_met_with_a_sentence(tmp_path,
     (tmp_path / "ensemble.json").write_text(json.dumps({"format": 1, "stage": "base", "experts": []}))
     assert main(["generate", "x", "--out", "x.png", "--ensemble", str(tmp_path)]) == 1
     assert "lists no experts" in capsys.readouterr().err
+
+
+def test_a_style_is_a_picture_or_an_embedding_with_a_strength_for_each_or_for_all():
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    pictures = conditioning_of(["x", "y"], ENCODERS, images)
+    embeddings = conditioning_of(["x", "y"], ENCODERS, ENCODERS.encode_image(images), torch.tensor([0.5, 2.0]))
+    assert torch.equal(pictures.image, embeddings.image)
+    assert pictures.image_strength.tolist() == [1.0, 1.0]
+    assert embeddings.image_strength.tolist() == [0.5, 2.0]
+    assert conditioning_of(["x", "y"], ENCODERS, images, 0.25).image_strength.tolist() == [0.25, 0.25]
+    assert conditioning_of(["x", "y"], ENCODERS).image_strength.tolist() == [0.0, 0.0]
+
+
+def test_a_style_of_strength_0_gives_the_picture_without(ensemble):
+    style = torch.randn(1, TINY.image_width, generator=torch.Generator().manual_seed(1))
+    plain, off, on = (
+        generate(["x"], ENCODERS, ensemble, settings=SETTINGS, style=given, size=(8, 8), style_strength=strength)
+        for given, strength in ((None, 1.0), (style, 0.0), (style, 1.0))
+    )
+    assert torch.equal(off, plain)
+    assert not torch.equal(on, plain)

@@ -34,5 +34,5 @@ def random_conditioning(
         t5_tokens=randn(batch, t5_length, config.t5_width) * t5_mask[..., None],
         t5_mask=t5_mask,
         image=randn(batch, config.image_width),
-        image_mask=torch.ones(batch, dtype=torch.bool),
+        image_strength=torch.ones(batch),
     )

@@ -7,6 +7,8 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import comfy.clip_model
+import comfy.clip_vision
 import comfy.ldm.models.autoencoder
 import comfy.ldm.wan.model
 import comfy.ldm.wan.vae
@@ -19,7 +21,7 @@ import torch
 from comfy import sd1_clip
 from torch import Tensor
 
-from .sizes import KEY, TEXT_OPTIONS, autoencoder
+from .sizes import CLIP_VISION, KEY, TEXT_OPTIONS, autoencoder
 
 Weights = dict[str, Tensor]
 # No attention at the higher resolutions, where it takes most of the time on a processor.
@@ -126,6 +128,22 @@ def umt5() -> tuple[Weights, dict]:
     return encoder.transformer.state_dict() | looks_like_xxl() | {"spiece_model": sentencepiece_model()}, {KEY: "{}"}
 
 
+def sigclip() -> tuple[Weights, dict]:
+    config = json.loads(Path(comfy.clip_vision.__file__).with_name("clip_vision_siglip_384.json").read_text())
+    encoder = comfy.clip_model.CLIPVisionModelProjection(
+        config | CLIP_VISION, torch.float16, None, comfy.ops.disable_weight_init
+    )
+    return encoder.state_dict(), {KEY: "{}"}
+
+
+def redux(inside: int = 64) -> tuple[Weights, dict]:
+    """The real one is 12288 wide inside."""
+    sizes = {"redux_up": (1152, inside), "redux_down": (inside, 4096)}
+    layers = {name: torch.nn.Linear(*size) for name, size in sizes.items()}
+    weights = {f"{name}.{key}": one for name, layer in layers.items() for key, one in layer.state_dict().items()}
+    return weights, {KEY: "{}"}
+
+
 def looks_like_xxl() -> Weights:
     """The tensor by which ComfyUI tells T5-XXL from smaller ones, without its numbers; no layer takes it."""
     return {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": torch.empty(10240, 0)}
@@ -162,4 +180,6 @@ FILES = {
     "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors": umt5,
     "text_encoders/clip_l.safetensors": clip_l,
     "text_encoders/t5xxl_fp16.safetensors": t5,
+    "clip_vision/sigclip_vision_patch14_384.safetensors": sigclip,
+    "style_models/flux1-redux-dev.safetensors": redux,
 }

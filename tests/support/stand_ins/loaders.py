@@ -1,19 +1,25 @@
 """Makes ComfyUI's stock loaders accept stand-ins.
 
 They recognise a model by its exact channel counts, and build text encoders and KL autoencoders of fixed sizes, so a small
-file cannot get past them, and no setting says otherwise. Here, in the test server alone, four functions are wrapped; each
+file cannot get past them, and no setting says otherwise. Here, in the test server alone, six functions are wrapped; each
 acts only on a file whose metadata says that it is a stand-in.
 """
 
 import functools
 import inspect
 import json
+from pathlib import Path
 
+import comfy.clip_vision
+import comfy.ldm.flux.redux
 import comfy.model_detection
+import comfy.ops
 import comfy.sd
+import comfy.utils
 import safetensors
+import torch
 
-from .sizes import KEY, TEXT_OPTIONS, autoencoder
+from .sizes import CLIP_VISION, KEY, TEXT_OPTIONS, autoencoder
 
 
 def accept_stand_ins() -> None:
@@ -25,6 +31,8 @@ def accept_stand_ins() -> None:
     )
     comfy.model_detection.model_config_from_unet = with_own_channels(comfy.model_detection.model_config_from_unet)
     comfy.sd.VAE.__init__ = with_small_autoencoder(comfy.sd.VAE.__init__)
+    comfy.clip_vision.load = with_few_layers(comfy.clip_vision.load)
+    comfy.sd.load_style_model = with_small_redux(comfy.sd.load_style_model)
 
 
 def recognised_by(metadata: dict | None) -> dict | None:
@@ -93,3 +101,33 @@ def with_small_autoencoder(function):
             self.latent_channels = self.first_stage_model.post_quant_conv.in_channels
 
     return __init__
+
+
+def with_few_layers(function):
+    @functools.wraps(function)
+    def load(path):
+        if not is_stand_in(path):
+            return function(path)
+        configuration = Path(comfy.clip_vision.__file__).with_name("clip_vision_siglip_384.json")
+        encoder = comfy.clip_vision.ClipVisionModel(json.loads(configuration.read_text()) | CLIP_VISION)
+        encoder.load_sd(comfy.utils.load_torch_file(path))
+        return encoder
+
+    return load
+
+
+def with_small_redux(function):
+    @functools.wraps(function)
+    def load_style_model(path):
+        if not is_stand_in(path):
+            return function(path)
+        weights = comfy.utils.load_torch_file(path)
+        with torch.device("meta"):
+            encoder = comfy.ldm.flux.redux.ReduxImageEncoder()
+        for name in ("redux_up", "redux_down"):
+            outputs, inputs = weights[f"{name}.weight"].shape
+            setattr(encoder, name, comfy.ops.manual_cast.Linear(inputs, outputs))
+        encoder.load_state_dict(weights)
+        return comfy.sd.StyleModel(encoder)
+
+    return load_style_model

@@ -8,6 +8,7 @@ TOKENS = 512  # rows of the text encoders' tables
 
 CLIP = {"num_hidden_layers": 3, "intermediate_size": 64}  # three: SDXL reads the last but one
 T5 = {"num_layers": 2, "num_heads": 2, "d_kv": 16, "d_ff": 32}
+CLIP_VISION = {"num_hidden_layers": 2, "intermediate_size": 64}
 
 
 class TextOperations(comfy.ops.manual_cast):
