@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     _model_options(one)
     one.add_argument("--network", type=Path, help="score this single network file instead of the ensemble")
     one.add_argument("--captions", type=int, default=300)
+    one.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     one.add_argument("--form", choices=("short", "long"), default="short")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--out", type=Path, metavar="scores.json")
@@ -235,7 +236,7 @@ def evaluate(options: argparse.Namespace) -> None:
     import numpy as np
 
     from .checkpoint import load_network
-    from .evaluation.reading import read_pictures, summary, unseen_captions
+    from .evaluation.reading import in_precision, read_pictures, summary, unseen_captions
     from .preconditioning import Denoiser
 
     encoders, ensemble, settings = _loaded(options)
@@ -244,6 +245,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
         network, header = load_network(options.network, dtype=torch.float32)
         ensemble = Denoiser(network, header.sigma_data)
+    ensemble = in_precision(ensemble, options.precision)
     started = time.monotonic()
     pictures = []
     for picture in read_pictures(
@@ -266,6 +268,7 @@ def evaluate(options: argparse.Namespace) -> None:
             "captions": options.captions,
             "form": options.form,
             "seed": options.seed,
+            "precision": options.precision,
             "settings": settings._asdict(),
             "scores": scores,
         }

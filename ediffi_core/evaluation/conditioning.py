@@ -26,7 +26,7 @@ from ..ensemble import Denoise
 from ..pipeline import Settings, conditioning_of, sample
 from ..shapeworld import Caption, caption, random_scene, read, render, score
 from ..shapeworld.world import STYLES
-from .reading import UNSEEN, interval_95, unseen_captions
+from .reading import PRECISIONS, UNSEEN, in_precision, interval_95, unseen_captions
 
 BUNDLED = Path(__file__).parents[2] / "demo"
 ENCODERS = {"both": ("clip", "t5"), "T5": ("t5",), "CLIP": ("clip",)}
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=300)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sheet", type=Path)
@@ -180,6 +181,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     encoders, ensemble = load_encoders(options.encoders), load_ensemble(options.ensemble)
+    ensemble = in_precision(ensemble, options.precision)
     settings = Settings(steps=options.steps, guidance_scale=options.guidance_scale)
     evaluate = {"encoders": of_encoders, "style": of_style}[options.what]
     scores, pictures = evaluate(options.captions, encoders, ensemble, settings)

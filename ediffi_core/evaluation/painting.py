@@ -20,7 +20,7 @@ from ..paint_with_words import PaintSettings, Region, Regions, painted
 from ..phrases import columns, find
 from ..pipeline import Settings, conditioning_of, sample
 from ..shapeworld import COLORS, SHAPES, ObjectReading, Reading, read
-from .reading import UNSEEN, interval_95
+from .reading import PRECISIONS, UNSEEN, in_precision, interval_95
 
 BUNDLED = Path(__file__).parents[2] / "demo"
 
@@ -119,11 +119,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     sided = prompts(options.prompts)
     encoders, ensemble = load_encoders(options.encoders), load_ensemble(options.ensemble)
+    ensemble = in_precision(ensemble, options.precision)
     settings, rows = Settings(steps=options.steps, guidance_scale=options.guidance_scale), []
     for weight in options.weights:
         readings = [read(picture) for picture in pictures(sided, encoders, ensemble, weight, settings)]

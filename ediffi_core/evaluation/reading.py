@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from ..encoders import Encoders
 from ..ensemble import Denoise
@@ -13,6 +14,21 @@ from ..pipeline import Settings, generate
 from ..shapeworld import caption, random_scene, read, score
 
 UNSEEN = 1_000_003  # seed of the captions that no training data uses
+
+
+def in_precision(denoise: Denoise, precision: str) -> Denoise:
+    """The denoiser with its products in "float32" or "bfloat16", which is about twice as fast on processors that have it."""
+    if precision == "float32":
+        return denoise
+
+    def lower(x, sigma, conditioning):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return denoise(x, sigma, conditioning).to(x.dtype)
+
+    return lower
+
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 class Picture(NamedTuple):

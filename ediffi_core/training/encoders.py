@@ -292,7 +292,7 @@ def new_clip(network: dict, vocabulary: int):
 def train_clip(model, tokenizer, of: list[Scene], images: Tensor, data: dict, training: dict, seed: int) -> Steps:
     """InfoNCE in both directions (Radford et al. 2021). Each batch is all short or all long captions, freshly worded.
 
-    The last `len(STYLES) * training["in_every_style"]` scenes are some scenes drawn in every style. In the second half
+    The last `len(STYLES) * in_every_style` scenes are some scenes drawn in every style. In the second half
     some batches are hard: scenes with the same colours, or scenes in every style under long captions, which name it.
     Otherwise colours alone find the caption, and shape, style and place are learned late.
     """
@@ -300,11 +300,11 @@ def train_clip(model, tokenizer, of: list[Scene], images: Tensor, data: dict, tr
 
     rng = np.random.default_rng(seed)
     normalise = image_normalisation()
-    single = len(of) - len(STYLES) * training["in_every_style"]
+    single = len(of) - len(STYLES) * training.get("in_every_style", 0)
     groups = [group for group in of_the_same_colors(of[:single]) if len(group) >= training["batch"]]
     sizes = np.array([len(group) for group in groups])
     families = np.arange(single, len(of)).reshape(-1, len(STYLES))
-    shares = {"any": 0.0, "colors": training["alike_share"], "styles": training["styles_share"]}
+    shares = {"any": 0.0, "colors": training["alike_share"], "styles": training.get("styles_share", 0.0)}
     shares["any"] = 1 - sum(shares.values())
     optimizer, schedule = optimization(model, training, betas=(0.9, 0.98))
     for step in range(1, training["steps"] + 1):
@@ -545,7 +545,7 @@ def make_clip(recipe: dict, folder: Path) -> Steps:
     tokenizer = load_clip_tokenizer(folder)
 
     of = scenes(data["pictures"], seed + 1)
-    bases = scenes(clip["training"]["in_every_style"], seed + 5)
+    bases = scenes(clip["training"].get("in_every_style", 0), seed + 5)
     of += [replace(scene, style=style) for scene in bases for style in STYLES]
     images = pictures(of, clip["network"]["vision_cfg"]["image_size"])
     torch.manual_seed(seed)
@@ -706,7 +706,7 @@ def main(arguments: list[str] | None = None) -> None:
         report("T5", recipe["t5"]["training"]["steps"], make_t5(recipe, folder / "t5"))
     if options.part in (None, "clip"):
         report("CLIP", recipe["clip"]["training"]["steps"], make_clip(recipe, folder / "clip"))
-    if options.part in (None, "vision"):
+    if options.part == "vision" or (options.part is None and "vision_training" in recipe["clip"]):
         report("CLIP image", recipe["clip"]["vision_training"]["steps"], make_vision(recipe, folder / "clip"))
     if options.part in (None, "describe"):
         print(json.dumps(describe(folder, recipe), indent=2))
