@@ -10,9 +10,12 @@ REDUX = hugging_face(
 SIGCLIP = hugging_face(
     "sigclip_vision_patch14_384.safetensors", "clip_vision", "Comfy-Org/sigclip_vision_384", "Apache 2.0"
 )
+T5_XXL = hugging_face("t5xxl_fp16.safetensors", "text_encoders", "comfyanonymous/flux_text_encoders", "Apache 2.0")
+CLIP_L = hugging_face("clip_l.safetensors", "text_encoders", "comfyanonymous/flux_text_encoders", "MIT")
 
 ENCODERS_PROMPT = "a large red circle on the left and a small blue square on the right, on a white background"
 PROMPT = "a large red circle on a white background"
+PAINT = next(column["paint"] for column in PAINTED if "paint" in column)
 SEED = 10
 
 
@@ -107,6 +110,41 @@ ENCODERS = (
     *side_by_side({"t5": "T5 alone", "clip": "CLIP alone", "both": "Both"}),
 )
 
+OF_YOUR_OWN = (
+    {
+        "note": note(
+            "Encoders of your own",
+            "## T5-XXL and CLIP-L for eDiff-I\n\n"
+            "The encoders of the eDiff-I paper, from the files that Flux and SD3 use. **Combine Encoders** makes one CLIP of "
+            "both, with the paper's 77 and 113 tokens, for an ensemble that was trained with them. There is none to download: "
+            "NVIDIA released no weights, and the demo family has small encoders of its own.\n\n"
+            "So nothing is sampled here. Open the line below the prompt to see the tokens that each encoder reads; painted "
+            "phrases find theirs.",
+            (T5_XXL, CLIP_L),
+            (440, 460),
+        )
+    },
+    {
+        "t5": Node("CLIPLoader", {"clip_name": T5_XXL.name, "type": "sd3"}, title="T5", size=(360, 0), files=(T5_XXL,)),
+        "clip": Node(
+            "CLIPLoader",
+            {"clip_name": CLIP_L.name, "type": "stable_diffusion"},
+            title="CLIP-L",
+            size=(360, 0),
+            files=(CLIP_L,),
+        ),
+    },
+    {"encoders": Node("EDiffI_CombineEncoders", {}, {"t5": "t5", "clip": "clip"}, size=(300, 0), thumbnail=True)},
+    {
+        "prompt": Node("EDiffI_TextEncode", {"text": ENCODERS_PROMPT}, {"clip": "encoders"}, "Prompt", (400, 240)),
+        "paint": PAINT,
+    },
+    {
+        "read": Node("PreviewAny", {}, {"source": "prompt"}, "What an ensemble would be told", (300, 240)),
+        "legend": legend(),
+    },
+)
+
 FROM_A_REFERENCE = (
     {
         "note": note(
@@ -155,7 +193,7 @@ PAINTED_WITH_STYLE = (
     },
     *reference(),
     loaders() | {"shown": shown_reference()},
-    {"paint": next(column["paint"] for column in PAINTED if "paint" in column)},
+    {"paint": PAINT},
     {
         "encoded": encoded(),
         "styled": style(None, "paint", strength=1.0),
@@ -281,6 +319,7 @@ ON_FLUX = (
 
 EXAMPLES = {
     "Encoders - T5 and CLIP": ENCODERS,
+    "Encoders - T5-XXL and CLIP-L": OF_YOUR_OWN,
     "Style - from a reference": FROM_A_REFERENCE,
     "Style - paint with words": PAINTED_WITH_STYLE,
     "Style - text and style guided apart": GUIDED_APART,

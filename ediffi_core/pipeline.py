@@ -81,4 +81,4 @@ def generate(
     """prompt -> encoders -> conditioning -> sigmas -> router -> experts -> sampler -> images (B, 3, *size) in [0, 1]."""
     conditioning = conditioning_of(prompts, encoders, style, style_strength)
     *_, last = sample(ensemble, conditioning, seed, settings, size)
-    return ((last.x.float() + 1) / 2).clamp(0, 1)
+    return last.images()

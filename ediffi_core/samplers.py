@@ -22,6 +22,10 @@ class Step(NamedTuple):
     denoised: Tensor  # (B, C, H, W) estimate of the clean image at that level
     x: Tensor  # (B, C, H, W) image after the step
 
+    def images(self) -> Tensor:
+        """What the step left, as pictures: (B, C, H, W) float32 in [0, 1]."""
+        return ((self.x.float() + 1) / 2).clamp(0, 1)
+
 
 def slope(x: Tensor, sigma: float, denoise: Denoise) -> tuple[Tensor, Tensor]:
     """dx/dsigma = (x - D(x; sigma)) / sigma (EDM, Eq. 1 with s = 1 and sigma(t) = t), and D itself."""

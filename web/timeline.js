@@ -6,12 +6,12 @@
  */
 
 import { app } from "../../scripts/app.js";
-import { api } from "../../scripts/api.js";
+import { Told, addWidget, fit, handOn, nodeAt, on, onOutput, widgetOf } from "./under_widgets.js";
 
 const NODES = ["EDiffI_KSampler", "EDiffI_ExpertEnsemble"];
-const TYPE = "EDIFFI_TIMELINE"; // no built-in widget's, or Nodes 2.0 would show that one instead
+const TYPE = "EDIFFI_TIMELINE";
 const COLORS = ["#007373", "#a596f5", "#eb8214", "#8c50c8", "#05b996", "#b93719"]; // ediffi_core/timeline.py has the same
-const [ROW, LINE, MARGIN] = [20, 16, 6]; // heights in pixels
+const [ROW, LINE] = [20, 16]; // heights in pixels
 const MOST_CELLS = 80; // of at least 3 pixels in a node of usual width; longer schedules share cells
 const MOST_GAPS = 40;
 const STYLE = `
@@ -31,9 +31,7 @@ const STYLE = `
  * @typedef {{timeline: Timeline, done: number, running: boolean, element?: HTMLElement}} Strip done: steps
  */
 
-/** @type {Map<string, Map<string, Strip>>} graph of a workflow -> number of a node as the server writes it -> its strip */
-const workflows = new Map();
-let runs = null; // graph of the workflow that runs; another one may be on the canvas
+const strips = new Told(show);
 
 const short = number => String(Number(number.toPrecision(4)));
 const counted = count => `${count} step${count === 1 ? "" : "s"}`;
@@ -102,106 +100,45 @@ function legend({ experts, plan }) {
     });
 }
 
-const inNodes2 = () => Boolean(globalThis.LiteGraph?.vueNodesMode);
 const heightOf = ({ timeline }) => ROW + LINE * timeline.experts.length;
-
-function nodeAt(place) {
-    let graph = app.rootGraph ?? app.graph;
-    let node = null;
-    for (const number of place.split(":")) {
-        node = graph?.getNodeById(number);
-        graph = node?.subgraph;
-    }
-    return NODES.includes(node?.comfyClass) ? node : null;
-}
-
-const HANDED_ON = {
-    pointerdown: "processMouseDown",
-    pointermove: "processMouseMove",
-    pointerup: "processMouseUp",
-    wheel: "processMouseWheel",
-};
-
-/** The classic canvas lies under the strip: what is no tooltip is meant for it. */
-function handOn(event) {
-    if (inNodes2()) return;
-    app.canvas?.[HANDED_ON[event.type]]?.(event);
-}
 
 function newElement() {
     const element = Object.assign(document.createElement("div"), { className: "ediffi-timeline" });
-    Object.keys(HANDED_ON).forEach(type => element.addEventListener(type, handOn));
+    handOn(element);
     return element;
 }
 
-/** Made with the first timeline, so that a node which never ran is as ComfyUI made it. @param {Strip} strip */
-function addWidget(node, strip) {
-    const height = () => heightOf(strip) + 2 * MARGIN;
-    strip.element ??= newElement(); // kept when undo makes the node anew: Nodes 2.0 goes on showing the old element
-    const widget = node.addDOMWidget("timeline", TYPE, strip.element, {
-        serialize: false, // in the prompt
-        hideOnZoom: false,
-        hideInPanel: true,
-        margin: MARGIN,
-        getValue: () => "",
-        setValue: () => {},
-        getMinHeight: height,
-        getMaxHeight: height,
-    });
-    widget.serialize = false; // in the workflow, which must not know the node's growth either
-    const { onSerialize } = node;
-    node.onSerialize = function (saved) {
-        onSerialize?.call(this, saved);
-        saved.size = [saved.size[0], saved.size[1] - widget.grown];
-    };
-    widget.grown = 0;
-    return widget;
+/** @param {Strip} strip */
+function newWidget(node, strip) {
+    strip.element ??= newElement();
+    return addWidget(node, { name: "timeline", type: TYPE, element: strip.element, height: () => heightOf(strip) });
 }
 
 /** @param {Strip} strip */
 function show(place, strip) {
-    const node = nodeAt(place);
+    const node = nodeAt(place, NODES);
     if (!node) return;
-    const widget = node.widgets?.find(widget => widget.type === TYPE) ?? addWidget(node, strip);
-    const { element } = widget;
+    const widget = widgetOf(node, TYPE) ?? newWidget(node, strip);
     const row = make("div", "row", "");
     row.append(...(strip.timeline.plan.length ? stepCells(strip) : bandCells(strip)));
     if (row.childElementCount > MOST_GAPS) row.style.gap = 0;
-    element.replaceChildren(row, ...legend(strip.timeline));
-    const grown = heightOf(strip) + 2 * MARGIN + 4; // 4: between widgets
-    if (grown === widget.grown) return;
-    element.style.height = element.style.minHeight = `${heightOf(strip)}px`;
-    // by exactly what saving takes off, even where the node had room to spare
-    node.setSize([node.size[0], node.size[1] + grown - widget.grown]);
-    widget.grown = grown;
-    node.graph?.setDirtyCanvas(true, true);
+    widget.element.replaceChildren(row, ...legend(strip.timeline));
+    fit(node, widget, heightOf(strip));
 }
-
-const onCanvas = () => (app.rootGraph ?? app.graph)?.id;
 
 function change(place, changes) {
-    const graph = runs ?? onCanvas();
-    if (!workflows.has(graph)) workflows.set(graph, new Map());
-    const strips = workflows.get(graph);
-    if (!strips.has(place) && !changes.timeline) return;
-    const strip = Object.assign(strips.get(place) ?? {}, changes);
-    strips.set(place, strip);
-    if (graph === onCanvas()) show(place, strip);
-}
-
-function stripAt(place) {
-    return workflows.get(runs ?? onCanvas())?.get(place);
+    const strip = strips.now.get(place);
+    if (strip || changes.timeline) strips.set(place, Object.assign(strip ?? {}, changes));
 }
 
 function advance(place, { value, max }) {
-    const strip = stripAt(place);
+    const strip = strips.now.get(place);
     if (!strip?.running || max !== strip.timeline.plan.length || value === strip.done) return; // loading counts too
     change(place, { done: value });
 }
 
 function stop() {
-    for (const [place, { running }] of workflows.get(runs ?? onCanvas()) ?? []) if (running) change(place, { running: false });
-    runs = null;
+    for (const [place, { running }] of strips.now) if (running) change(place, { running: false });
 }
 
 app.registerExtension({
@@ -209,20 +146,15 @@ app.registerExtension({
 
     setup() {
         document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
-        const on = (type, then) => api.addEventListener(type, ({ detail }) => then(detail));
-        on("execution_start", () => { runs = onCanvas(); });
+        strips.listen(stop);
         on("ediffi.timeline", ({ node, timeline }) => change(String(node), { timeline, done: 0, running: true }));
         on("progress", detail => advance(String(detail.node), detail));
         on("progress_state", ({ nodes }) => Object.entries(nodes).forEach(([place, state]) => advance(place, state)));
-        on("executed", ({ node, display_node, output }) => {
-            const [timeline] = output?.ediffi_timeline ?? [];
-            if (timeline) change(String(display_node || node), { timeline, done: timeline.plan.length, running: false });
-        });
-        ["execution_success", "execution_error", "execution_interrupted", "reconnecting"].forEach(type => on(type, stop));
+        onOutput("ediffi_timeline", (place, timeline) =>
+            change(place, { timeline, done: timeline.plan.length, running: false }));
     },
 
-    /** Another workflow on the canvas, or the same after an undo. */
     afterConfigureGraph() {
-        workflows.get(onCanvas())?.forEach((strip, place) => show(place, strip));
+        strips.showAll();
     },
 });

@@ -26,7 +26,7 @@ from ..ensemble import Denoise
 from ..pipeline import Settings, conditioning_of, sample
 from ..shapeworld import Caption, caption, random_scene, read, render, score
 from ..shapeworld.world import STYLES
-from .reading import PRECISIONS, UNSEEN, in_precision, interval_95, unseen_captions
+from .reading import PRECISIONS, UNSEEN, counted, in_precision, unseen_captions
 
 BUNDLED = Path(__file__).parents[2] / "demo"
 ENCODERS = {"both": ("clip", "t5"), "T5": ("t5",), "CLIP": ("clip",)}
@@ -58,21 +58,12 @@ def judged(
         part = captions[start : start + batch]
         conditioning = change(conditioning_of([one.text for one in part], encoders), slice(start, start + len(part)))
         *_, last = sample(ensemble, conditioning, start, settings)
-        images = ((last.x.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        images = last.images().permute(0, 2, 3, 1).numpy()
         for one, image in zip(part, images, strict=True):
             reading = read(image)
             tallies = {name: tuple(tally) for name, tally in score(one, reading).tallies.items()}
             result.append(Judged(image, tallies, reading.style))
     return result
-
-
-def counted(right: int, total: int) -> dict:
-    return {
-        "share": right / max(1, total),
-        "right": int(right),
-        "total": int(total),
-        "interval_95": interval_95(right, total),
-    }
 
 
 def attribute_score(pictures: Sequence[Judged], attributes: Sequence[str]) -> dict:

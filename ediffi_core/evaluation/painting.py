@@ -20,7 +20,7 @@ from ..paint_with_words import PaintSettings, Region, Regions, painted
 from ..phrases import columns, find
 from ..pipeline import Settings, conditioning_of, sample
 from ..shapeworld import COLORS, SHAPES, ObjectReading, Reading, read
-from .reading import PRECISIONS, UNSEEN, in_precision, interval_95
+from .reading import PRECISIONS, UNSEEN, counted, in_precision
 
 BUNDLED = Path(__file__).parents[2] / "demo"
 
@@ -67,7 +67,7 @@ def pictures(
         conditioning = conditioning_of([one.text for one in part], encoders)
         regions = [regions_of(one, encoders) for one in part]
         *_, last = sample(painted(ensemble, regions, PaintSettings(weight)), conditioning, start, settings)
-        made.append(((last.x.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy())
+        made.append(last.images().permute(0, 2, 3, 1).numpy())
     return np.concatenate(made)
 
 
@@ -129,17 +129,9 @@ def main() -> None:
     settings, rows = Settings(steps=options.steps, guidance_scale=options.guidance_scale), []
     for weight in options.weights:
         readings = [read(picture) for picture in pictures(sided, encoders, ensemble, weight, settings)]
-        counted = {
-            name: {
-                "share": right / max(1, total),
-                "right": right,
-                "total": total,
-                "interval_95": interval_95(right, total),
-            }
-            for name, (right, total) in scores(sided, readings).items()
-        }
-        rows.append({"weight": weight, "scores": counted})
-        shares = ", ".join(f"{name} {one['right']}/{one['total']}" for name, one in counted.items())
+        found = {name: counted(*tally) for name, tally in scores(sided, readings).items()}
+        rows.append({"weight": weight, "scores": found})
+        shares = ", ".join(f"{name} {one['right']}/{one['total']}" for name, one in found.items())
         print(f"weight {weight:g}: {shares}", flush=True)
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -65,6 +65,13 @@ def interval_95(right: int, total: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def counted(right: int, total: int) -> dict:
+    """A share with what it was counted from and its 95 % interval."""
+    right, total = int(right), int(total)
+    share = right / max(1, total)
+    return {"share": share, "right": right, "total": total, "interval_95": interval_95(right, total)}
+
+
 def summary(pictures: list[Picture]) -> dict[str, dict[str, dict[str, float]]]:
     """Per number of objects: share of pictures right in colour, in colour and shape, in everything, and per attribute."""
     counts: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
@@ -80,15 +87,6 @@ def summary(pictures: list[Picture]) -> dict[str, dict[str, dict[str, float]]]:
                 counts[group][name][0] += int(right)
                 counts[group][name][1] += int(total)
     return {
-        group: {
-            name: {
-                "share": right / total,
-                "right": right,
-                "total": total,
-                "interval_95": interval_95(right, total),
-            }
-            for name, (right, total) in rows.items()
-            if total
-        }
+        group: {name: counted(right, total) for name, (right, total) in rows.items() if total}
         for group, rows in sorted(counts.items())
     }

@@ -64,6 +64,10 @@ def scenes(count: int, seed: int) -> list[Scene]:
     return [random_scene(rng) for _ in range(count)]
 
 
+def in_every_style(of: list[Scene]) -> list[Scene]:
+    return [replace(scene, style=style) for scene in of for style in STYLES]
+
+
 def captions(count: int, seed: int, long_share: float) -> list[str]:
     rng = np.random.default_rng(seed)
     return [caption(random_scene(rng), rng, form_of_caption(rng, long_share)).text for _ in range(count)]
@@ -545,8 +549,7 @@ def make_clip(recipe: dict, folder: Path) -> Steps:
     tokenizer = load_clip_tokenizer(folder)
 
     of = scenes(data["pictures"], seed + 1)
-    bases = scenes(clip["training"].get("in_every_style", 0), seed + 5)
-    of += [replace(scene, style=style) for scene in bases for style in STYLES]
+    of += in_every_style(scenes(clip["training"].get("in_every_style", 0), seed + 5))
     images = pictures(of, clip["network"]["vision_cfg"]["image_size"])
     torch.manual_seed(seed)
     model = new_clip(clip["network"], len(clip_vocabulary(merges)))
@@ -560,8 +563,7 @@ def make_vision(recipe: dict, folder: Path) -> Steps:
     training, seed = clip["vision_training"], data["seed"]
     model, _ = load_clip(folder, "cpu", torch.float32)
     tokenizer = load_clip_tokenizer(folder)
-    bases = scenes(training["scenes"], seed + 6)
-    of = [replace(scene, style=style) for scene in bases for style in STYLES]
+    of = in_every_style(scenes(training["scenes"], seed + 6))
     images = pictures(of, clip["network"]["vision_cfg"]["image_size"])
     rng = np.random.default_rng(seed + 6)
     text = []

@@ -1,7 +1,6 @@
 """The painting of eDiff-I Paint With Words, by mouse, touch, pen and keys, on the real canvas: both renderers, two frontends."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -11,10 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from browsing import comfyui_or_skip
 
-from devtools.comfyui import Server, find_comfyui
-from devtools.environment import SetupError, cache_folder
-from devtools.frontend import READY, Frontend, browser_path
+from devtools.comfyui import Server
+from devtools.environment import cache_folder
+from devtools.frontend import READY, Frontend
 from ediffi_core.painting import parse
 
 ROOT = Path(__file__).parents[2]
@@ -27,15 +27,7 @@ VALUE = {
     "phrases": [{"id": "a1", "text": "red circle", "nth": None, "color": "#e69f00", "strength": 1, "on": True, "rle": "gAGAAQ=="}],
 }  # fmt: skip
 
-pytest.importorskip("playwright", reason="playwright is not installed")
-if browser_path() is None:
-    pytest.skip("there is no Chromium on this machine", allow_module_level=True)
-try:
-    COMFYUI = find_comfyui(ROOT, Path.home(), os.environ)
-except SetupError as error:
-    pytest.skip(str(error), allow_module_level=True)
-if COMFYUI is None:
-    pytest.skip("there is no ComfyUI on this machine; set COMFYUI_DIR to yours", allow_module_level=True)
+COMFYUI = comfyui_or_skip()
 
 
 class Painter:

@@ -2,15 +2,14 @@
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
 import pytest
+from browsing import comfyui_or_skip
 
-from devtools.comfyui import Server, find_comfyui
-from devtools.environment import SetupError
-from devtools.frontend import Frontend, browser_path
+from devtools.comfyui import Server
+from devtools.frontend import Frontend
 from ediffi_core.intervals import NoiseInterval
 from ediffi_core.router import ExpertRouter
 from ediffi_core.schedule import karras_sigmas
@@ -22,15 +21,7 @@ SAMPLER, STEPS = 7, 6  # its node in the workflow, and fewer steps than there, f
 ENSEMBLE = json.loads((ROOT / "demo" / "ensembles" / "shapeworld-base" / "ensemble.json").read_text(encoding="utf-8"))
 SAMPLER_KIND, ENSEMBLE_KIND = "EDiffI_KSampler", "EDiffI_ExpertEnsemble"
 
-pytest.importorskip("playwright", reason="playwright is not installed")
-if browser_path() is None:
-    pytest.skip("there is no Chromium on this machine", allow_module_level=True)
-try:
-    COMFYUI = find_comfyui(ROOT, Path.home(), os.environ)
-except SetupError as error:
-    pytest.skip(str(error), allow_module_level=True)
-if COMFYUI is None:
-    pytest.skip("there is no ComfyUI on this machine; set COMFYUI_DIR to yours", allow_module_level=True)
+COMFYUI = comfyui_or_skip()
 
 SEEN = """number => {  // what the strip of a node of the graph on the canvas shows; null where there is none
     const node = app.canvas.graph.getNodeById(number);

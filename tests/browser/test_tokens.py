@@ -1,27 +1,18 @@
 """The words as each encoder saw them, under Text Encode on the real canvas."""
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
+from browsing import comfyui_or_skip
 
-from devtools.comfyui import Server, find_comfyui
-from devtools.environment import SetupError
-from devtools.frontend import Frontend, browser_path
+from devtools.comfyui import Server
+from devtools.frontend import Frontend
 
 ROOT = Path(__file__).parents[2]
 NODE = "EDiffI_TextEncode"
 
-pytest.importorskip("playwright", reason="playwright is not installed")
-if browser_path() is None:
-    pytest.skip("there is no Chromium on this machine", allow_module_level=True)
-try:
-    COMFYUI = find_comfyui(ROOT, Path.home(), os.environ)
-except SetupError as error:
-    pytest.skip(str(error), allow_module_level=True)
-if COMFYUI is None:
-    pytest.skip("there is no ComfyUI on this machine; set COMFYUI_DIR to yours", allow_module_level=True)
+COMFYUI = comfyui_or_skip()
 
 SEEN = """number => {  // what the picture of a node of the graph on the canvas shows; null where there is none
     const node = app.canvas.graph.getNodeById(number);

@@ -1,30 +1,21 @@
 """Every example workflow, opened on the real canvas by both renderers of the frontend, compared, and run in one of them."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import pytest
+from browsing import comfyui_or_skip
 
-from devtools.comfyui import Server, find_comfyui
-from devtools.environment import SetupError
+from devtools.comfyui import Server
 from devtools.examples import SHOWS, place_stand_ins
-from devtools.frontend import Frontend, browser_path
+from devtools.frontend import Frontend
 from devtools.workflow import to_api
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 
-pytest.importorskip("playwright", reason="playwright is not installed")
-if browser_path() is None:
-    pytest.skip("there is no Chromium on this machine", allow_module_level=True)
-try:
-    COMFYUI = find_comfyui(ROOT, Path.home(), os.environ)
-except SetupError as error:
-    pytest.skip(str(error), allow_module_level=True)
-if COMFYUI is None:
-    pytest.skip("there is no ComfyUI on this machine; set COMFYUI_DIR to yours", allow_module_level=True)
+COMFYUI = comfyui_or_skip()
 
 
 @pytest.fixture(scope="module")

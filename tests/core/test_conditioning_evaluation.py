@@ -18,7 +18,7 @@ from ediffi_core.evaluation.conditioning import (
     reference,
     styleless_captions,
 )
-from ediffi_core.evaluation.reading import UNSEEN
+from ediffi_core.evaluation.reading import UNSEEN, unseen_captions
 from ediffi_core.pipeline import Settings
 from ediffi_core.shapeworld import read, render
 from ediffi_core.shapeworld.captions import caption
@@ -46,8 +46,6 @@ def pixels(drawn):
 
 
 def test_a_perfect_painter_is_right_in_all_and_one_that_needs_t5_is_worse_without(encoders):
-    from ediffi_core.evaluation.reading import unseen_captions
-
     truth = pixels(scenes([one.text for one in unseen_captions(8, "long")], "long", [UNSEEN, 0]))
     perfect, _ = of_encoders(8, encoders, lambda x, sigma, conditioning: truth, FAST)
     assert perfect["both"]["all attributes"]["share"] == 1
