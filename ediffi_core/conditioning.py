@@ -2,12 +2,12 @@
 
 Three embeddings, each of which may be absent: CLIP text, T5 text and a CLIP image embedding (the style). An absent
 embedding is all zeros and hidden by its mask, exactly as training drops it (eDiff-I, Sec. 4.2), so any subset works. The
-style's mask is a number, its strength: it may also be there in part.
+style's mask is a number, its strength: it may also be there in part. A super-resolution stage also sees the low-res image.
 Axis letters: B batch, L tokens, E embedding width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Conditioning:
     """Embeddings of B requests. Masks are True where a token counts; padding and dropped embeddings are False.
 
     image_strength: 0 is a style that is absent, whatever `image` holds, 1 is one as in training; `UNet` says what is between.
+    low_res and augmentation_sigma are None for the base stage. They are no embedding: nothing drops them.
     """
 
     clip_tokens: Tensor  # (B, 77, E_clip) hidden states of CLIP's text encoder
@@ -31,6 +32,8 @@ class Conditioning:
     t5_mask: Tensor  # (B, 113) bool
     image: Tensor  # (B, E_image) CLIP image embedding
     image_strength: Tensor  # (B,) float, 0 or more
+    low_res: Tensor | None = None  # (B, 3, H, W) in [-1, 1], at the size of the image that is made
+    augmentation_sigma: Tensor | None = None  # (B,) noise that was added to low_res; 0 is none
 
     @classmethod
     def of_text(
@@ -44,12 +47,17 @@ class Conditioning:
         strength = torch.as_tensor(image_strength, dtype=torch.float32, device=image.device).expand(batch)
         return cls(text.clip_tokens, text.clip_mask, text.clip_pooled, text.t5_tokens, text.t5_mask, image, strength)
 
+    def with_low_res(self, low_res: Tensor, augmentation_sigma: Tensor) -> "Conditioning":
+        """The same requests for a super-resolution stage. low_res: (B, 3, H, W); augmentation_sigma: (B,)."""
+        return replace(self, low_res=low_res, augmentation_sigma=augmentation_sigma)
+
     def __len__(self) -> int:
         return self.image.shape[0]
 
     def map(self, function) -> "Conditioning":
         """Apply `function` to each tensor."""
-        return Conditioning(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+        present = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return Conditioning(**{name: function(tensor) for name, tensor in present.items()})
 
     def rows(self, index) -> "Conditioning":
         """The requests selected by `index`, a slice or a list of rows."""
@@ -92,7 +100,6 @@ def null_conditioning(conditioning: Conditioning) -> Conditioning:
 
 
 def joined(parts: Sequence[Conditioning]) -> Conditioning:
-    """Several requests as one batch."""
-    return Conditioning(
-        **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Conditioning)}
-    )
+    """Several requests as one batch; all of one stage."""
+    present = [name for name, tensor in vars(parts[0]).items() if tensor is not None]
+    return Conditioning(**{name: torch.cat([getattr(part, name) for part in parts]) for name in present})

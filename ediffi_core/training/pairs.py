@@ -119,6 +119,13 @@ class Pairs:
         """The rows of each style."""
         return {int(style): (self.styles == style).nonzero()[:, 0] for style in self.styles.unique()}
 
+    def draw(self, count: int, generator: torch.Generator, even_styles: bool = False) -> Tensor:
+        """Random rows (count,), each as likely as any other; or each style as likely as any other, and its rows alike."""
+        if not even_styles:
+            return torch.randint(len(self), (count,), generator=generator)
+        shares = 1 / torch.bincount(self.styles.long())[self.styles.long()]
+        return torch.multinomial(shares, count, replacement=True, generator=generator)
+
     def references(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """For each row (B,) a random one of its style.
 

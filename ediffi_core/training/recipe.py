@@ -24,6 +24,7 @@ class Data:
     resolution: int = 64
     long_share: float = 0.5  # share of long captions
     references: str = "own"  # whose CLIP image embedding goes with a picture: its own, or another's of its "style"
+    even_styles: bool = False  # each style as often as any other in the batches, however often it occurs
 
     def __post_init__(self) -> None:
         if self.references not in ("own", "style"):

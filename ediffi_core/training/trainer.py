@@ -136,8 +136,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(self._seed(index))
         batch, rates = self.node.batch, self.recipe.dropout
         # of a few batches' worth of pairs, sorted by the length of their captions, one slice: little is padding, and
-        # every pair is as likely as any other
-        drawn = torch.randint(len(self.pairs), (POOL * batch,), generator=generator)
+        # every pair that is drawn is as likely as any other
+        drawn = self.pairs.draw(POOL * batch, generator, self.recipe.data.even_styles)
         slice_of = int(torch.randint(POOL, (), generator=generator))
         rows = drawn[self.pairs.lengths[drawn].argsort(stable=True)][slice_of * batch : (slice_of + 1) * batch]
         same_style = self.recipe.data.references == "style"

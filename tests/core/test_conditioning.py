@@ -146,3 +146,16 @@ def test_a_style_and_painted_words_work_together(conditioning):
     assert torch.allclose(calls[-1][..., -2], torch.tensor(0.5).log())
     for other in (obeying(X, sigma, styled(conditioning, 0.0, 0.0)), denoise(X, sigma, styled(conditioning, 0.5, 0.5))):
         assert (both[0] - other[0]).abs().max() > 1e-4
+
+
+def test_the_low_res_image_goes_with_its_request_and_is_never_dropped(conditioning):
+    assert conditioning.low_res is None
+    assert conditioning.rows([1]).low_res is None
+    low_res, sigma = torch.rand(2, 3, 8, 8), torch.tensor([0.0, 0.1])
+    seen = conditioning.with_low_res(low_res, sigma)
+    assert torch.equal(seen.rows([1]).low_res, low_res[1:])
+    assert torch.equal(null_conditioning(seen).low_res, low_res)
+    both = joined([seen, null_conditioning(seen)])
+    assert torch.equal(both.augmentation_sigma, torch.tensor([0.0, 0.1, 0.0, 0.1]))
+    assert len(both.low_res) == 4
+    assert seen.to(dtype=torch.float64).low_res.dtype == torch.float64

@@ -182,6 +182,17 @@ def test_references_are_other_pictures_of_the_same_style(pairs):
     assert torch.equal(conditioning.image, pairs.image[references].float())
 
 
+def test_styles_may_be_drawn_evenly(pairs):
+    rare = dataclasses.replace(pairs, styles=torch.tensor([0] * 28 + [1] * 3 + [2]))
+    rows = rare.draw(6000, torch.Generator().manual_seed(0), even_styles=True)
+    counts = torch.bincount(rows, minlength=32).float()
+    for style in range(3):
+        assert abs(counts[rare.styles == style].sum() / 6000 - 1 / 3) < 0.03  # 5 standard deviations
+    assert abs(counts[28] - counts[29]) < 200  # within a style all are alike
+    as_they_are = torch.bincount(rare.draw(6000, torch.Generator().manual_seed(0)), minlength=32)
+    assert as_they_are.max() < 270  # 187.5 expected
+
+
 def test_a_recipe_may_train_with_references_of_the_same_style(pairs, tmp_path):
     own = Trainer(recipe(dropout=Dropout(image=0.0)), NODE, pairs, tmp_path)
     like = Trainer(
