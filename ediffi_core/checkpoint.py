@@ -11,20 +11,28 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .efficient_unet import EfficientUNet, EfficientUNetConfig
 from .ensemble import Ensemble
 from .intervals import EVERYTHING, NoiseInterval, check_partition
 from .preconditioning import SIGMA_DATA, Denoiser
-from .unet import UNet, UNetConfig
+from .unet import ConditionedNetwork, NetworkConfig, UNet, UNetConfig
+
+
+class Kind(NamedTuple):
+    config: type[NetworkConfig]
+    network: type[ConditionedNetwork]
+
 
 FORMAT = 1
-KINDS = {"base": UNetConfig}  # kind of network -> its configuration
+BASE, SUPER_RESOLUTION = Kind(UNetConfig, UNet), Kind(EfficientUNetConfig, EfficientUNet)
+KINDS = {"base": BASE, "sr256": SUPER_RESOLUTION, "sr1024": SUPER_RESOLUTION}  # the stages, in order
 C_NOISE = "ln(sigma)/4"  # EDM's convention; the only one so far
 HEADER_LIMIT = 1 << 20  # bytes of JSON; ours are a few kilobytes
 
@@ -33,11 +41,19 @@ HEADER_LIMIT = 1 << 20  # bytes of JSON; ours are a few kilobytes
 class NetworkHeader:
     """What a network file says about itself."""
 
-    config: UNetConfig
+    config: NetworkConfig
     interval: NoiseInterval = EVERYTHING
     kind: str = "base"
     sigma_data: float = SIGMA_DATA
     training: Mapping[str, Any] = field(default_factory=dict)  # provenance: recipe, steps, data, figures
+
+    def __post_init__(self) -> None:
+        expected = KINDS[self.kind].config
+        if not isinstance(self.config, expected):
+            raise ValueError(
+                f"A network of kind {self.kind!r} is described by {expected.__name__}, got "
+                f"{type(self.config).__name__}. Name the kind that the network is of."
+            )
 
     def to_json(self) -> str:
         return json.dumps(
@@ -66,7 +82,7 @@ class NetworkHeader:
         if values.get("c_noise") != C_NOISE:
             raise ValueError(f"{where} uses c_noise = {values.get('c_noise')!r}; only {C_NOISE!r} is supported.")
         try:
-            config = KINDS[kind](**values["network"])
+            config = KINDS[kind].config(**values["network"])
             interval = _interval_from_json(values["interval"])
             sigma_data = float(values["sigma_data"])
         except (KeyError, TypeError, ValueError) as error:
@@ -94,13 +110,14 @@ def read_header(path: str | Path) -> NetworkHeader:
             )
         header = NetworkHeader.from_json(text, path.name)
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    check_shapes(shapes, header.config, path.name)
+    check_shapes(shapes, header, path.name)
     return header
 
 
-def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: UNetConfig, where: str) -> None:
-    """Raise ValueError unless a state dict of these shapes fits the network that `config` describes."""
-    expected = {name: tuple(tensor.shape) for name, tensor in UNet(config, device="meta").state_dict().items()}
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], header: NetworkHeader, where: str) -> None:
+    """Raise ValueError unless a state dict of these shapes fits the network that `header` describes."""
+    network = KINDS[header.kind].network(header.config, device="meta")
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     for name, shape in expected.items():
         if name not in shapes:
             raise ValueError(
@@ -138,13 +155,13 @@ def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
 
 def load_network(
     path: str | Path, operations=nn, device=None, dtype: torch.dtype | None = None
-) -> tuple[UNet, NetworkHeader]:
+) -> tuple[ConditionedNetwork, NetworkHeader]:
     """The network of a file, ready to run, and its header. `dtype` None keeps the file's own.
 
     Raises FileNotFoundError, or ValueError for a truncated file, wrong shapes or weights that are not finite.
     """
     header, weights = read_header(path), read_weights(path)
-    network = UNet(header.config, operations=operations, device="meta")
+    network = KINDS[header.kind].network(header.config, operations=operations, device="meta")
     weights = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
     network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False), header

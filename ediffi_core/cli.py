@@ -1,16 +1,18 @@
-"""The `ediffi` command: generate, prepare, train, evaluate, inspect."""
+"""The `ediffi` command: generate, upscale, prepare, train, evaluate, inspect."""
 
 import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-from .pipeline import Settings
+from .pipeline import DEFAULTS, OVERLAP, SR_DEFAULTS, Settings
 from .style import FITS
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 ENSEMBLES, ENCODERS = DEMO / "ensembles", DEMO / "encoders"
+SR_STAGES = {64: (), 256: ("sr256",), 1024: ("sr256", "sr1024")}  # that follow the base stage for pictures of this size
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,26 +34,35 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("generate", help="make a picture of a prompt")
     one.add_argument("prompt")
     one.add_argument("--out", type=Path, required=True, metavar="x.png")
+    one.add_argument("--size", type=int, choices=SR_STAGES, default=64, help="pixels a side (64)")
     _model_options(one)
-    one.add_argument(
-        "--style", type=Path, action="append", metavar="ref.png", help="a picture whose look is wanted; again for more"
-    )
-    one.add_argument(
-        "--style-strength",
-        type=float,
-        action="append",
-        metavar="S",
-        help="0 is none, 1 (the default) as in training; once for all pictures, or once for each",
-    )
-    one.add_argument("--style-fit", choices=FITS, default=FITS[0], help="pad the picture to a square, or crop it")
-    one.add_argument(
-        "--style-guidance-scale",
-        type=float,
-        metavar="S",
-        help="guide the style by its own number; the text's if left out",
-    )
-    one.add_argument("--seed", type=int, default=0)
+    for stage in SR_STAGES[1024]:
+        one.add_argument(
+            f"--{stage}",
+            default=f"shapeworld-{stage}",
+            metavar="ENSEMBLE",
+            help=f"the ensemble that makes {stage[2:]} pixels",
+        )
+    _style_options(one)
+    _sr_options(one)
     one.set_defaults(run=generate_picture)
+
+    one = commands.add_parser("upscale", help="make a picture 4 times as large a side")
+    one.add_argument("picture", type=Path, metavar="in.png")
+    one.add_argument("--out", type=Path, required=True, metavar="out.png")
+    _model_options(one, "shapeworld-sr256")
+    one.add_argument("--prompt", default="", help="what the picture shows; nothing is known if left out")
+    _style_options(one)
+    _sr_options(one)
+    one.add_argument("--overlap", type=int, default=OVERLAP, metavar="N", help=f"pixels that tiles share ({OVERLAP})")
+    one.add_argument(
+        "--denoise",
+        type=float,
+        default=1.0,
+        metavar="D",
+        help="below 1: start from the picture under some noise, and change it less (1)",
+    )
+    one.set_defaults(run=upscale_picture)
 
     one = commands.add_parser("prepare", help="render and encode the training pairs of a recipe")
     _training_options(one)
@@ -84,13 +95,47 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def _model_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--ensemble", default="shapeworld-base", help="name of a bundled ensemble, or a folder")
+def _model_options(command: argparse.ArgumentParser, ensemble: str = "shapeworld-base") -> None:
+    command.add_argument("--ensemble", default=ensemble, help="name of a bundled ensemble, or a folder")
     command.add_argument("--encoders", help="name of bundled encoders, or a folder; the ensemble's choice if left out")
     command.add_argument("--steps", type=int)
     command.add_argument("--guidance-scale", type=float)
     command.add_argument("--sampler")
     command.add_argument("--threads", type=int, help="CPU threads")
+
+
+def _style_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--style", type=Path, action="append", metavar="ref.png", help="a picture whose look is wanted; again for more"
+    )
+    command.add_argument(
+        "--style-strength",
+        type=float,
+        action="append",
+        metavar="S",
+        help="0 is none, 1 (the default) as in training; once for all pictures, or once for each",
+    )
+    command.add_argument("--style-fit", choices=FITS, default=FITS[0], help="pad the picture to a square, or crop it")
+    command.add_argument(
+        "--style-guidance-scale",
+        type=float,
+        metavar="S",
+        help="guide the style by its own number; the text's if left out",
+    )
+
+
+def _sr_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--augmentation-sigma",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="noise put on what is enlarged, so that more detail is invented (0)",
+    )
+    command.add_argument(
+        "--tile", type=int, metavar="N", help="enlarge in tiles of at most N pixels a side, as large as memory allows"
+    )
 
 
 def _training_options(command: argparse.ArgumentParser) -> None:
@@ -111,41 +156,129 @@ def found(name: str, bundled: Path) -> Path:
     )
 
 
-def _loaded(options: argparse.Namespace):
+def _described(name: str, *stages: str):
+    """The ensemble that a name on the command line means. Raises ValueError unless it is of one of these stages."""
+    from .checkpoint import read_ensemble
+
+    description = read_ensemble(found(name, ENSEMBLES))
+    if description.stage not in stages:
+        raise ValueError(
+            f"{name!r} is an ensemble of the stage {description.stage!r}, where {' or '.join(map(repr, stages))} is needed. "
+            f"Choose another; `ediffi inspect FOLDER` says what an ensemble is."
+        )
+    return description
+
+
+def _settings(description, options: argparse.Namespace | None = None, defaults: Settings = DEFAULTS) -> Settings:
+    """The defaults, changed by what the ensemble recommends, changed by what the command line says."""
+    recommended = {name: value for name, value in description.sampler.items() if name in Settings._fields}
+    names = ("steps", "guidance_scale", "sampler", "style_guidance_scale")
+    chosen = {name: getattr(options, name, None) for name in names}
+    return defaults._replace(**{**recommended, **{name: value for name, value in chosen.items() if value is not None}})
+
+
+def _loaded_encoders(options: argparse.Namespace, *descriptions):
+    """The ones that were chosen, else those that all the ensembles recommend."""
     import torch
 
-    from .checkpoint import load_ensemble, read_ensemble
     from .encoders import load_encoders
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    folder = found(options.ensemble, ENSEMBLES)
-    description = read_ensemble(folder)
-    encoders = load_encoders(found(options.encoders or description.encoders or "shapeworld", ENCODERS))
-    names = ("steps", "guidance_scale", "sampler", "style_guidance_scale")
-    chosen = {name: getattr(options, name, None) for name in names}
-    recommended = {name: value for name, value in description.sampler.items() if name in Settings._fields}
-    settings = Settings(**{**recommended, **{name: value for name, value in chosen.items() if value is not None}})
-    return encoders, load_ensemble(folder), settings
+    recommended = {
+        description.encoders: description.folder.name for description in descriptions if description.encoders
+    }
+    if len(recommended) > 1 and not options.encoders:
+        each = ", ".join(f"{name} {encoders!r}" for encoders, name in recommended.items())
+        raise ValueError(f"The ensembles were trained with different encoders: {each}. Choose ensembles of one family.")
+    return load_encoders(found(options.encoders or next(iter(recommended), "shapeworld"), ENCODERS))
+
+
+def _report(line: str, passing: bool = False) -> None:
+    """A line of progress. Passing ones, and all but the last on a terminal, do not stay."""
+    if sys.stderr.isatty():
+        print(f"\r{line:40}", end="", file=sys.stderr, flush=True)
+    elif not passing:
+        print(line, file=sys.stderr, flush=True)
 
 
 def generate_picture(options: argparse.Namespace) -> None:
-    from .pipeline import generate
+    from .checkpoint import load_ensemble
+    from .pipeline import Stage, cascade
 
-    encoders, ensemble, settings = _loaded(options)
+    base = _described(options.ensemble, "base")
+    larger = [_described(getattr(options, stage), stage) for stage in SR_STAGES[options.size]]
+    encoders = _loaded_encoders(options, base, *larger)
     for cut in encoders.cut([options.prompt]):
         print(f"ediffi: {cut}", file=sys.stderr)
     style, strength = _style(options, encoders)
-    image = generate([options.prompt], encoders, ensemble, options.seed, settings, style, style_strength=strength)[0]
-    _save_png(image.permute(1, 2, 0).numpy(), options.out)
-    print(options.out)
+    stages = [Stage(partial(load_ensemble, base.folder), _settings(base, options))]
+    for one in larger:
+        settings = _settings(one, defaults=SR_DEFAULTS)
+        stages.append(Stage(partial(load_ensemble, one.folder), settings, options.augmentation_sigma, options.tile))
+    run = cascade([options.prompt], encoders, stages, options.seed, style, style_strength=strength)
+    for number, step in run:
+        name = (base, *larger)[number].folder.name
+        _report(f"{name}: step {step.index + 1} of {stages[number].settings.steps}")
+    _finish(step, options.out)
+
+
+def upscale_picture(options: argparse.Namespace) -> None:
+    import numpy as np
+    import torch
+
+    from .checkpoint import load_ensemble
+    from .pipeline import conditioning_of, upscale
+
+    description = _described(options.ensemble, *SR_STAGES[1024])
+    picture = _opened(options.picture)
+    if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
+        raise ValueError(
+            f"{options.picture} is transparent in places, which cannot be enlarged. Put it on a background."
+        )
+    pixels = torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 127.5 - 1)
+    encoders = _loaded_encoders(options, description)
+    for cut in encoders.cut([options.prompt]):
+        print(f"ediffi: {cut}", file=sys.stderr)
+    conditioning = conditioning_of([options.prompt], encoders, *_style(options, encoders))
+    settings = _settings(description, options, SR_DEFAULTS)
+    for step in upscale(
+        pixels.permute(2, 0, 1)[None],
+        conditioning,
+        load_ensemble(description.folder),
+        options.seed,
+        settings,
+        options.augmentation_sigma,
+        options.denoise,
+        options.tile,
+        options.overlap,
+        after=lambda done, tiles: _report(f"tile {done} of {tiles}", passing=True),
+    ):
+        _report(f"{description.folder.name}: step {step.index + 1} of {settings.steps}")
+    _finish(step, options.out)
+
+
+def _finish(step, path: Path) -> None:
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    _save_png(step.images()[0].permute(1, 2, 0).numpy(), path)
+    print(path)
+
+
+def _opened(file: Path):
+    """The picture in a file, upright."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        return ImageOps.exif_transpose(Image.open(file))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{file} is no picture that can be read. Give a PNG or JPEG file.") from error
 
 
 def _style(options: argparse.Namespace, encoders):
     """The embedding (1, E) of all references together, None without any, and its strength."""
     import numpy as np
     import torch
-    from PIL import Image, ImageOps, UnidentifiedImageError
 
     from .style import averaged, square
 
@@ -156,10 +289,7 @@ def _style(options: argparse.Namespace, encoders):
         )
     embeddings = []
     for file in files:
-        try:
-            picture = ImageOps.exif_transpose(Image.open(file))
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{file} is no picture that can be read. Give --style a PNG or JPEG file.") from error
+        picture = _opened(file)
         pixels = np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"), dtype=np.float32)
         reference = square(
             torch.from_numpy(pixels / 255).permute(2, 0, 1)[None], encoders.image_size, options.style_fit
@@ -235,11 +365,13 @@ def _run(trainer, save_every: int) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     import numpy as np
 
-    from .checkpoint import load_network
+    from .checkpoint import load_ensemble, load_network
     from .evaluation.reading import in_precision, read_pictures, summary, unseen_captions
     from .preconditioning import Denoiser
 
-    encoders, ensemble, settings = _loaded(options)
+    description = _described(options.ensemble, "base")
+    encoders, settings = _loaded_encoders(options, description), _settings(description, options)
+    ensemble = load_ensemble(description.folder)
     if options.network:
         import torch
 

@@ -23,6 +23,7 @@ SCALES = ("max", "std")  # the paper's, and the one that users of Stable Diffusi
 NEGLIGIBLE = 1e-4  # of w' log(1 + sigma): below it, the bias is smaller than the rounding of half precision
 BLOCK = 2**24  # scores held at once where their maximum is taken
 
+Size = tuple[int, int]  # height, width
 Box = tuple[float, float, float, float]  # a part of a picture: top, left, bottom, right in [0, 1]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
@@ -81,15 +82,21 @@ class Regions:
     def __bool__(self) -> bool:
         return bool(self.regions)
 
-    def masks(self, grid: tuple[int, int], box: Box = WHOLE, device=None) -> Tensor:
-        """(M, N, R): how much of each image token, in row-major order of the h x w grid, each of R regions covers."""
-        key = (grid, box, str(device))
+    def masks(self, grid: Size, box: Box = WHOLE, device=None, padded: tuple[Size, Size] | None = None) -> Tensor:
+        """(M, N, R): how much of each image token, in row-major order of the h x w grid, each of R regions covers.
+
+        padded: the sizes of the picture and of what the grid lies on, where a network pads the picture.
+        """
+        key = (grid, box, str(device), padded)
         if key not in self._masks:
             if len(self._masks) > 64:  # runs of many sizes on one conditioning
                 self._masks.clear()
             images = max(len(region.mask) for region in self.regions)
-            masks = [resized(cropped(region.mask, box), grid).flatten(1) for region in self.regions]
-            self._masks[key] = torch.stack([mask.expand(images, -1) for mask in masks], dim=-1).to(device)
+            masks = [cropped(region.mask, box) for region in self.regions]
+            if padded is not None:
+                masks = [extended(mask, *padded) for mask in masks]
+            masks = [resized(mask, grid).flatten(1).expand(images, -1) for mask in masks]
+            self._masks[key] = torch.stack(masks, dim=-1).to(device)
         return self._masks[key]
 
     def tokens(self, length: int, columns=lambda columns: columns) -> Tensor:
@@ -109,6 +116,12 @@ def cropped(mask: Tensor, box: Box) -> Tensor:
     (height, width), (top, left, bottom, right) = mask.shape[1:], box
     y, x = min(round(top * height), height - 1), min(round(left * width), width - 1)
     return mask[:, y : max(y + 1, round(bottom * height)), x : max(x + 1, round(right * width))]
+
+
+def extended(mask: Tensor, size: Size, padded: Size) -> Tensor:
+    """A mask (M, h, w) of a picture of `size` that is padded at its lower and right edges: (M, *padded), as at the edges."""
+    right, lower = padded[1] - size[1], padded[0] - size[0]
+    return F.pad(resized(mask, size)[:, None], (0, right, 0, lower), mode="replicate")[:, 0]
 
 
 def resized(mask: Tensor, grid: tuple[int, int]) -> Tensor:

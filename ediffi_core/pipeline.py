@@ -1,6 +1,6 @@
 """The pipeline: from a prompt to a picture, the whole method as one function. Start reading here."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,10 +12,11 @@ from .ensemble import Denoise
 from .guidance import guided_apart
 from .samplers import SAMPLERS, Step, seeded_noise
 from .schedule import RHO, SIGMA_MAX, SIGMA_MIN, karras_sigmas
+from .super_resolution import conditioned, stream, tiled, upsampled
 
 
 class Settings(NamedTuple):
-    """How the base stage is sampled; an ensemble's own recommendation lies in its `ensemble.json`."""
+    """How a stage is sampled; an ensemble's own recommendation lies in its `ensemble.json`."""
 
     steps: int = 25  # (eDiff-I's steps of the base stage, quoted in Rectified Diffusion, Table 2)
     guidance_scale: float = 5.0
@@ -27,6 +28,9 @@ class Settings(NamedTuple):
 
 
 DEFAULTS = Settings()
+# the low-res image settles all but fine detail, so few steps do; guidance would double the cost and pull colours away from it
+SR_DEFAULTS = Settings(steps=8, guidance_scale=1.0)
+OVERLAP, GRID = 64, 32  # pixels that tiles share; what their places are multiples of, as are the cells of networks
 
 
 def conditioning_of(
@@ -52,20 +56,63 @@ def sample(
     size: tuple[int, int] = (64, 64),
 ) -> Iterator[Step]:
     """The steps from noise to images (B, 3, *size) in [-1, 1]; image i is what seed + i gives alone."""
-    if settings.sampler not in SAMPLERS:
-        raise ValueError(f"There is no sampler {settings.sampler!r}. The samplers are {', '.join(SAMPLERS)}.")
     sigmas = karras_sigmas(settings.steps, settings.sigma_min, settings.sigma_max, settings.rho)
-    device = conditioning.image.device
-    x = sigmas[0] * seeded_noise(seed, len(conditioning), (3, *size)).to(device)
-    text_scale, style_scale = settings.guidance_scale, settings.style_guidance_scale
-    denoise = guided_apart(denoise, text_scale, text_scale if style_scale is None else style_scale)
+    x = sigmas[0] * seeded_noise(seed, len(conditioning), (3, *size)).to(conditioning.image.device)
+    yield from walked(guided_by(denoise, settings), conditioning, x, sigmas, settings.sampler)
 
-    # the state is float64 as in EDM, the network sees float32
+
+def upscale(
+    images: Tensor,
+    conditioning: Conditioning,
+    ensemble: Denoise,
+    seed: int = 0,
+    settings: Settings = SR_DEFAULTS,
+    augmentation_sigma: float = 0.0,
+    denoise: float = 1.0,
+    tile: int | None = None,
+    overlap: int = OVERLAP,
+    multiple: int = GRID,
+    after: Callable[[int, int], None] | None = None,
+) -> Iterator[Step]:
+    """The steps from images (B, 3, h, w) in [-1, 1] to (B, 3, 4h, 4w); image i is what seed + i gives alone.
+
+    conditioning: of the B images, as for `sample`. augmentation_sigma: noise put on the images first, so that the stage
+    invents more and trusts them less. denoise: the share of the schedule that is walked; below 1 it starts from the enlarged
+    image under the noise of its last `steps` levels (SDEdit, Meng et al. 2022). tile, overlap, multiple, after: see `tiled`;
+    without a tile the whole image goes through the network at once.
+    """
+    if not 0 < denoise <= 1:
+        raise ValueError(f"denoise is the share of the schedule that is walked, above 0 and up to 1, got {denoise}.")
+    sigmas = karras_sigmas(int(settings.steps / denoise), settings.sigma_min, settings.sigma_max, settings.rho)
+    sigmas = sigmas[-settings.steps - 1 :]
+    conditioning = conditioned(conditioning, images, seed, augmentation_sigma)
+    low_res = conditioning.low_res
+    # float32: at 4096 pixels a side each float64 image of the sampler would take 400 MB, for digits that no picture shows
+    x = sigmas[0] * seeded_noise(seed, len(images), tuple(low_res.shape[1:]), torch.float32).to(low_res.device)
+    if denoise < 1:
+        x += upsampled(images.to(x.device, torch.float32), tuple(low_res.shape[2:]))
+    ensemble = guided_by(ensemble, settings)  # within the tiles: it works on two copies of what it is given
+    if tile is not None:
+        ensemble = tiled(ensemble, tile, overlap, multiple, after=after)
+    yield from walked(ensemble, conditioning, x, sigmas, settings.sampler)
+
+
+def guided_by(denoise: Denoise, settings: Settings) -> Denoise:
+    text_scale, style_scale = settings.guidance_scale, settings.style_guidance_scale
+    return guided_apart(denoise, text_scale, text_scale if style_scale is None else style_scale)
+
+
+def walked(denoise: Denoise, conditioning: Conditioning, x: Tensor, sigmas: Tensor, sampler: str) -> Iterator[Step]:
+    """The steps of a sampler from x (B, 3, H, W) at sigmas[0]."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"There is no sampler {sampler!r}. The samplers are {', '.join(SAMPLERS)}.")
+
+    # the base stage's state is float64 as in EDM, the network sees float32
     def denoise_float(x: Tensor, sigma: Tensor) -> Tensor:
         return denoise(x.float(), sigma.float(), conditioning).to(x.dtype)
 
     with torch.no_grad():
-        yield from SAMPLERS[settings.sampler](denoise_float, x, sigmas)
+        yield from SAMPLERS[sampler](denoise_float, x, sigmas)
 
 
 def generate(
@@ -82,3 +129,38 @@ def generate(
     conditioning = conditioning_of(prompts, encoders, style, style_strength)
     *_, last = sample(ensemble, conditioning, seed, settings, size)
     return last.images()
+
+
+class Stage(NamedTuple):
+    """One stage of the cascade. `load` makes its denoiser when the stage begins; it is let go when the stage ends."""
+
+    load: Callable[[], Denoise]
+    settings: Settings
+    augmentation_sigma: float = 0.0
+    tile: int | None = None
+
+
+def cascade(
+    prompts: Sequence[str],
+    encoders: Encoders,
+    stages: Sequence[Stage],
+    seed: int = 0,
+    style: Tensor | None = None,
+    size: tuple[int, int] = (64, 64),
+    style_strength: float | Tensor = 1.0,
+) -> Iterator[tuple[int, Step]]:
+    """prompt -> encoders -> conditioning -> base stage -> images (B, 3, *size) -> super-resolution stages, each times 4.
+
+    Yields the number of the stage with each of its steps; the last step holds the pictures. No stage's noise is another's.
+    """
+    conditioning = conditioning_of(prompts, encoders, style, style_strength)
+    images = None
+    for number, (load, settings, augmentation_sigma, tile) in enumerate(stages):
+        if images is None:
+            steps = sample(load(), conditioning, seed, settings, size)
+        else:
+            own = stream(seed, 2 * number)  # the odd ones are noise of augmentation
+            steps = upscale(images, conditioning, load(), own, settings, augmentation_sigma, tile=tile)
+        for step in steps:
+            yield number, step
+        images = step.x.float().clamp(-1, 1)

@@ -19,13 +19,12 @@ from .conditioning import Conditioning
 
 
 @dataclass(frozen=True)
-class UNetConfig:
-    """Everything needed to build the network. Levels count from full resolution downwards; each halves the last."""
+class NetworkConfig:
+    """What the networks of all stages are built from. Levels count from full resolution downwards; each halves the last."""
 
     channels: int = 256
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)  # one entry per level
     blocks: tuple[int, ...] = (3, 3, 3, 3)  # residual blocks per level
-    attention: tuple[bool, ...] = (False, True, True, True)  # self- and cross-attention on this level?
     head_channels: int = 64
     context_width: int = 1024  # all tokens are projected to this width
     clip_width: int = 768  # CLIP text tokens
@@ -34,33 +33,57 @@ class UNetConfig:
     image_width: int = 768  # projected CLIP image embedding
     image_channels: int = 3
     patch: int = 1  # fold this many pixels a side into channels before the first layer; 1 in the paper
-    waves: int = 0  # octaves of sine waves of x and of y that the first layer also sees; ours, none in the paper
     norm_groups: int = 32
     dropout: float = 0.0
 
-    def __post_init__(self) -> None:
-        for name in ("channel_mult", "blocks", "attention"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON and TOML give lists
-        if not len(self.channel_mult) == len(self.blocks) == len(self.attention):
-            raise ValueError(
-                f"channel_mult, blocks and attention describe one level per entry, but have "
-                f"{len(self.channel_mult)}, {len(self.blocks)} and {len(self.attention)} entries. Make them equally long."
-            )
-        for mult, attends in zip(self.channel_mult, self.attention, strict=True):
-            width = self.channels * mult
-            if width % self.norm_groups or (attends and width % self.head_channels):
-                raise ValueError(
-                    f"A level of {width} channels cannot be divided into {self.norm_groups} norm groups and heads of "
-                    f"{self.head_channels} channels. Choose channels that both divide."
-                )
-
     @property
     def multiple(self) -> int:
-        """Image sides must be multiples of this."""
+        """The network's cells are squares of this many pixels: the coarsest level has one value for each."""
         return self.patch * 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(self.channels * mult for mult in self.channel_mult)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def _check_levels(self, attention: tuple[str, ...], norm_groups: int) -> None:
+        """Raise ValueError unless all fields that describe levels fit each other. attention: the fields that place it."""
+        names = ("channel_mult", "blocks", *attention)
+        for name in names:
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON and TOML give lists
+        lengths = [len(getattr(self, name)) for name in names]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"{_listed(names)} describe one level per entry, but have {_listed(lengths)} entries. "
+                f"Make them equally long."
+            )
+        for level, width in enumerate(self.widths):
+            attends = any(getattr(self, name)[level] for name in attention)
+            if width < 1 or width % norm_groups or (attends and width % self.head_channels):
+                raise ValueError(
+                    f"A level of {width} channels cannot be divided into {norm_groups} norm groups and heads of "
+                    f"{self.head_channels} channels. Choose channels that both divide."
+                )
+
+
+def _listed(values) -> str:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} and {last}"
+
+
+@dataclass(frozen=True)
+class UNetConfig(NetworkConfig):
+    """The base stage's network. Image sides must be multiples of `multiple`."""
+
+    attention: tuple[bool, ...] = (False, True, True, True)  # self- and cross-attention on this level?
+    direct: bool = False  # add the input, each channel times a learned number of its call, to the output; ours
+    waves: int = 0  # octaves of sine waves of x and of y that the first layer also sees; ours, none in the paper
+
+    def __post_init__(self) -> None:
+        self._check_levels(("attention",), self.norm_groups)
 
 
 # The paper's Table 2 is not in any text we could read; "paper-base" follows recollections of it and is not confirmed.
@@ -144,10 +167,11 @@ class EmbeddingProjection(nn.Module):
 class ResBlock(nn.Module):
     """ADM's residual block: scale-shift normalisation by the global embedding, optionally changing the resolution."""
 
-    def __init__(self, width_in: int, width_out: int, embedding_width: int, config: UNetConfig, resample: str = "",
-                 operations=nn, **factory) -> None:  # fmt: skip
+    def __init__(self, width_in: int, width_out: int, embedding_width: int, config: NetworkConfig, resample: str = "",
+                 shortcut_scale: float = 1.0, operations=nn, **factory) -> None:  # fmt: skip
         super().__init__()
         self.resample = resample  # "", "down" or "up"
+        self.shortcut_scale = shortcut_scale
         self.norm_in = operations.GroupNorm(config.norm_groups, width_in, **factory)
         self.conv_in = operations.Conv2d(width_in, width_out, 3, padding=1, **factory)
         self.modulation = operations.Linear(embedding_width, 2 * width_out, **factory)
@@ -172,7 +196,7 @@ class ResBlock(nn.Module):
         h = F.silu(self.norm_out(h) * (1 + scale) + shift)
         h = self.conv_out(self.dropout(h))
 
-        return self.shortcut(self.resampled(x)) + h
+        return torch.add(h, self.shortcut(self.resampled(x)), alpha=self.shortcut_scale)
 
 
 class Block(nn.Module):
@@ -198,64 +222,28 @@ class Block(nn.Module):
         return x
 
 
-class UNet(nn.Module):
-    """F(x; c, c_noise). Build it, then load weights or call `initialise`.
+class ConditionedNetwork(nn.Module):
+    """What the networks of all stages share: how they are told the noise level and the conditioning, and how they start.
 
-    operations: namespace with Conv2d, Linear, GroupNorm, LayerNorm and Embedding, `torch.nn` by default.
+    A network adds its layers, the last of which is `conv_out`, and `forward`.
     """
 
-    def __init__(self, config: UNetConfig, operations=nn, device=None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, config: NetworkConfig, operations=nn, **factory) -> None:
         super().__init__()
         self.config = config
-        factory = dict(device=device, dtype=dtype)
-        embedding_width = 4 * config.channels
+        self.embedding_width = 4 * config.channels
 
-        self.noise = NoiseEmbedding(config.channels, embedding_width, operations, **factory)
-        self.pooled = EmbeddingProjection(config.pooled_width, embedding_width, operations, **factory)
-        self.style = EmbeddingProjection(config.image_width, embedding_width, operations, **factory)
+        self.noise = NoiseEmbedding(config.channels, self.embedding_width, operations, **factory)
+        self.pooled = EmbeddingProjection(config.pooled_width, self.embedding_width, operations, **factory)
+        self.style = EmbeddingProjection(config.image_width, self.embedding_width, operations, **factory)
 
         self.clip = EmbeddingProjection(config.clip_width, config.context_width, operations, **factory)
         self.t5 = EmbeddingProjection(config.t5_width, config.context_width, operations, **factory)
         self.image = EmbeddingProjection(config.image_width, config.context_width, operations, **factory)
         self.null = operations.Embedding(1, config.context_width, **factory)
 
-        widths = [config.channels * mult for mult in config.channel_mult]
-        pixels = config.image_channels * config.patch**2
-        build = dict(config=config, operations=operations, **factory)
-
-        self.stem = operations.Conv2d(pixels + 4 * config.waves, widths[0], 3, padding=1, **factory)
-        self.down = nn.ModuleList()
-        skips = [widths[0]]  # widths of the features that the way up will meet again
-        width = widths[0]
-        for level, attends in enumerate(config.attention):
-            for _ in range(config.blocks[level]):
-                self.down.append(Block(width, widths[level], embedding_width, attends=attends, **build))
-                width = widths[level]
-                skips.append(width)
-            if level < len(widths) - 1:
-                self.down.append(ResBlock(width, width, embedding_width, resample="down", **build))
-                skips.append(width)
-
-        self.middle = nn.ModuleList(
-            [
-                Block(width, width, embedding_width, attends=config.attention[-1], **build),
-                ResBlock(width, width, embedding_width, **build),
-            ]
-        )
-
-        self.up = nn.ModuleList()
-        for level, attends in reversed(list(enumerate(config.attention))):
-            for _ in range(config.blocks[level] + 1):
-                self.up.append(Block(width + skips.pop(), widths[level], embedding_width, attends=attends, **build))
-                width = widths[level]
-            if level > 0:
-                self.up.append(ResBlock(width, width, embedding_width, resample="up", **build))
-
-        self.norm_out = operations.GroupNorm(config.norm_groups, width, **factory)
-        self.conv_out = operations.Conv2d(width, pixels, 3, padding=1, **factory)
-
     @torch.no_grad()
-    def initialise(self) -> "UNet":
+    def initialise(self) -> "ConditionedNetwork":
         """Zero the last layer of every residual branch and of the network, so that training starts from identity.
 
         Queries and keys of cross-attention get unit variance: PyTorch's first weights give a third of it, which leaves
@@ -313,6 +301,60 @@ class UNet(nn.Module):
         )
         return torch.cat(tokens, dim=1), counts.log().to(dtype)[:, None, None, :]
 
+
+class UNet(ConditionedNetwork):
+    """F(x; c, c_noise). Build it, then load weights or call `initialise`.
+
+    operations: namespace with Conv2d, Linear, GroupNorm, LayerNorm and Embedding, `torch.nn` by default.
+    """
+
+    def __init__(self, config: UNetConfig, operations=nn, device=None, dtype: torch.dtype | None = None) -> None:
+        factory = dict(device=device, dtype=dtype)
+        super().__init__(config, operations, **factory)
+        widths, embedding_width = config.widths, self.embedding_width
+        pixels = config.image_channels * config.patch**2
+        build = dict(config=config, operations=operations, **factory)
+
+        self.stem = operations.Conv2d(pixels + 4 * config.waves, widths[0], 3, padding=1, **factory)
+        self.down = nn.ModuleList()
+        skips = [widths[0]]  # widths of the features that the way up will meet again
+        width = widths[0]
+        for level, attends in enumerate(config.attention):
+            for _ in range(config.blocks[level]):
+                self.down.append(Block(width, widths[level], embedding_width, attends=attends, **build))
+                width = widths[level]
+                skips.append(width)
+            if level < len(widths) - 1:
+                self.down.append(ResBlock(width, width, embedding_width, resample="down", **build))
+                skips.append(width)
+
+        self.middle = nn.ModuleList(
+            [
+                Block(width, width, embedding_width, attends=config.attention[-1], **build),
+                ResBlock(width, width, embedding_width, **build),
+            ]
+        )
+
+        self.up = nn.ModuleList()
+        for level, attends in reversed(list(enumerate(config.attention))):
+            for _ in range(config.blocks[level] + 1):
+                self.up.append(Block(width + skips.pop(), widths[level], embedding_width, attends=attends, **build))
+                width = widths[level]
+            if level > 0:
+                self.up.append(ResBlock(width, width, embedding_width, resample="up", **build))
+
+        self.norm_out = operations.GroupNorm(config.norm_groups, width, **factory)
+        self.conv_out = operations.Conv2d(width, pixels, 3, padding=1, **factory)
+        self.direct = operations.Linear(embedding_width, 2 * pixels, **factory) if config.direct else None
+
+    @torch.no_grad()
+    def initialise(self) -> "UNet":
+        super().initialise()
+        if self.direct is not None:
+            nn.init.zeros_(self.direct.weight)
+            nn.init.zeros_(self.direct.bias)
+        return self
+
     def forward(self, x: Tensor, c_noise: Tensor, conditioning: Conditioning, attend: Attend = attend) -> Tensor:
         """x: (B, 3, H, W) scaled noised images; c_noise: (B,). Returns F, (B, 3, H, W), in the dtype of x."""
         multiple = self.config.multiple
@@ -324,7 +366,7 @@ class UNet(nn.Module):
         embedding = self.embedding(c_noise, conditioning, x.dtype)
         context, bias = self.context(conditioning, x.dtype)
 
-        h = F.pixel_unshuffle(x, self.config.patch)
+        h = folded = F.pixel_unshuffle(x, self.config.patch)
         if self.config.waves:
             where = position_waves(*h.shape[2:], self.config.waves, h.device).to(h.dtype)
             h = torch.cat([h, where.expand(len(h), -1, -1, -1)], dim=1)
@@ -344,4 +386,7 @@ class UNet(nn.Module):
                 h = block(h, embedding)
 
         h = self.conv_out(F.silu(self.norm_out(h)))
+        if self.direct is not None:
+            scale, gain = self.direct(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
+            h = h * (1 + scale) + gain * folded
         return F.pixel_shuffle(h, self.config.patch)

@@ -133,15 +133,19 @@ def weave(u: ndarray, v: ndarray, resolution: int) -> ndarray | float:
     return total
 
 
-def paint(image: ndarray, item: SceneObject, style: str, grain: Waves | None) -> None:
-    """Draws one object over the image, (H, W, 3)."""
-    resolution = image.shape[0]
+def paint(image: ndarray, corner: tuple[int, int], resolution: int, item: SceneObject, style: str,
+          grain: Waves | None) -> None:  # fmt: skip
+    """Draws one object over the image, (H, W, 3): the part of the picture that begins at corner (left, top)."""
     reach = REACH * item.radius + 1 / resolution
-    left, top = (max(math.floor((c - reach) * resolution), 0) for c in (item.x, item.y))
-    right, bottom = (math.ceil((c + reach) * resolution) for c in (item.x, item.y))
-    window = image[top:bottom, left:right]
-    x = (np.arange(left, left + window.shape[1]) + 0.5) / resolution
-    y = (np.arange(top, top + window.shape[0]) + 0.5) / resolution
+    (left, right), (top, bottom) = (
+        (max(math.floor((c - reach) * resolution), start), min(math.ceil((c + reach) * resolution), start + side))
+        for c, start, side in zip((item.x, item.y), corner, (image.shape[1], image.shape[0]), strict=True)
+    )
+    if left >= right or top >= bottom:
+        return
+    window = image[top - corner[1] : bottom - corner[1], left - corner[0] : right - corner[0]]
+    x = (np.arange(left, right) + 0.5) / resolution
+    y = (np.arange(top, bottom) + 0.5) / resolution
     u, v = x[None, :] - item.x, y[:, None] - item.y
 
     distance = item.radius * shape_distance(item.shape, u / item.radius, v / item.radius)
@@ -160,17 +164,25 @@ def paint(image: ndarray, item: SceneObject, style: str, grain: Waves | None) ->
     window += paint_share[..., None].astype(np.float32) * color
 
 
-def render(scene: Scene, resolution: int) -> ndarray:
-    """(H, W, 3) float32 in [0, 1], H = W = resolution."""
+def render(scene: Scene, resolution: int, window: tuple[int, int, int, int] | None = None) -> ndarray:
+    """(H, W, 3) float32 in [0, 1]: the picture of `resolution` pixels a side, or only its window.
+
+    window: left, top, width and height in pixels. What it shows is the same as in the whole picture, to rounding.
+    """
     rng = np.random.default_rng(scene.seed)
     grain = Waves(rng, *GRAIN_BAND, GRAIN_WAVES)
     papers = [(Waves(rng, low, high, PAPER_WAVES), deviation) for low, high, deviation in PAPERS]
 
-    centers = (np.arange(resolution) + 0.5) / resolution
-    paper = sum(deviation * waves.sample(centers, centers, resolution) for waves, deviation in papers)
+    left, top, width, height = window or (0, 0, resolution, resolution)
+    if min(left, top) < 0 or min(width, height) < 1 or left + width > resolution or top + height > resolution:
+        raise ValueError(
+            f"The window {window} (left, top, width, height) is not inside a picture of {resolution} pixels a side."
+        )
+    x, y = ((np.arange(start, start + side) + 0.5) / resolution for start, side in ((left, width), (top, height)))
+    paper = sum(deviation * waves.sample(x, y, resolution) for waves, deviation in papers)
     image = np.array(BACKGROUNDS[scene.background], np.float32) + paper[..., None].astype(np.float32)
     for item in scene.objects:
-        paint(image, item, scene.style, grain if scene.style == "grainy" else None)
+        paint(image, (left, top), resolution, item, scene.style, grain if scene.style == "grainy" else None)
     return np.clip(image, 0, 1)
 
 

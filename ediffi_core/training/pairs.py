@@ -20,30 +20,41 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..conditioning import Conditioning
+from ..super_resolution import FACTOR
 from .recipe import Data
 
 SHARD = 2048  # pairs per file
 TOKENS = ("clip", "t5")
+VIEW = 64  # pixels a side of a whole picture of which only a window is kept
 
 
 def shapeworld_pairs(data: Data, shard: int, count: int):
-    """The pictures (count, H, W, 3) uint8, captions and styles (count,) uint8 of one shard.
+    """Of one shard: what is kept of the pictures, (count, H, W, 3) uint8; the whole pictures for the image encoder, uint8
+    too; their styles, (count,) uint8; and their captions.
 
     The same for the same arguments, whatever else ran.
     """
-    from ..shapeworld import caption, random_scene, render
+    from ..shapeworld import as_uint8, caption, random_scene, render
     from ..shapeworld.world import STYLES
 
     rng = np.random.default_rng([data.seed, shard])
-    resolution = data.resolution
-    pictures, captions = np.empty((count, resolution, resolution, 3), np.uint8), []
-    styles = np.empty(count, np.uint8)
-    for i in range(count):
+    side, captions = data.kept, []
+    pictures, styles = np.empty((count, side, side, 3), np.uint8), np.empty(count, np.uint8)
+    wholes = pictures if data.window is None else np.empty((count, VIEW, VIEW, 3), np.uint8)
+    for start in range(0, count, data.windows):
         scene = random_scene(rng)
-        styles[i] = STYLES.index(scene.style)
-        pictures[i] = (render(scene, resolution) * 255).round()
-        captions.append(caption(scene, rng, "long" if rng.random() < data.long_share else "short"))
-    return torch.from_numpy(pictures), captions, torch.from_numpy(styles)
+        rows = range(start, min(start + data.windows, count))
+        styles[rows] = STYLES.index(scene.style)
+        words = caption(scene, rng, "long" if rng.random() < data.long_share else "short")
+        captions += [words] * len(rows)
+        if data.window is None:
+            pictures[start] = as_uint8(render(scene, data.resolution))
+            continue
+        wholes[rows] = as_uint8(render(scene, VIEW))
+        for row in rows:
+            left, top = FACTOR * rng.integers((data.resolution - side) // FACTOR + 1, size=2)
+            pictures[row] = as_uint8(render(scene, data.resolution, (left, top, side, side)))
+    return *(torch.from_numpy(array) for array in (pictures, wholes, styles)), captions
 
 
 def write_shards(
@@ -56,9 +67,9 @@ def write_shards(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = asdict(data)
+    settings = asdict(data.prepared)
     described = folder / "pairs.json"
-    if described.is_file() and json.loads(described.read_text()) != settings:
+    if described.is_file() and Data(**json.loads(described.read_text())).prepared != data.prepared:
         raise ValueError(
             f"{folder} already holds other pairs ({described.read_text().strip()}), this recipe asks for "
             f"{json.dumps(settings)}. Choose another folder or remove the old one."
@@ -70,8 +81,8 @@ def write_shards(
         path = folder / f"pairs-{shard:05d}.safetensors"
         size = min(SHARD, count - start)
         if not path.is_file():
-            pictures, captions, styles = shapeworld_pairs(data, shard, size)
-            embedded = _embedded(encoders, pictures, [c.text for c in captions], batch)
+            pictures, wholes, styles, captions = shapeworld_pairs(data, shard, size)
+            embedded = _embedded(encoders, wholes, [c.text for c in captions], batch)
             save_file(
                 {"pictures": pictures, "styles": styles, **embedded},
                 path.with_suffix(f".partial{worker}"),
@@ -134,12 +145,30 @@ class Pairs:
         likes = [self.of_style[int(style)] for style in self.styles[rows]]
         return torch.stack([like[torch.randint(len(like), (), generator=generator)] for like in likes])
 
-    def batch(self, rows: Tensor, references: Tensor | None = None) -> tuple[Tensor, Conditioning]:
+    def crops(self, rows: Tensor, side: int | None, generator: torch.Generator) -> Tensor:
+        """(B, side, side, 3) uint8: of each picture a random square whose corner is a pixel of the low-res image too."""
+        if side is None:
+            return self.pictures[rows]
+        height, width = self.pictures.shape[1:3]
+        places = ((size - side) // FACTOR + 1 for size in (height, width))
+        tops, lefts = (FACTOR * torch.randint(most, (len(rows),), generator=generator) for most in places)
+        return torch.stack(
+            [
+                self.pictures[row, top : top + side, left : left + side]
+                for row, top, left in zip(rows.tolist(), tops.tolist(), lefts.tolist(), strict=True)
+            ]
+        )
+
+    def batch(
+        self, rows: Tensor, references: Tensor | None = None, pictures: Tensor | None = None
+    ) -> tuple[Tensor, Conditioning]:
         """Images (B, 3, H, W) float32 in [-1, 1] and their conditioning, padded to the longest caption of the batch.
 
-        references: rows (B,) whose image embeddings are taken; by default the pictures' own.
+        references: rows (B,) whose image embeddings are taken; by default the pictures' own. pictures: (B, H, W, 3) uint8,
+        the `crops` that are shown instead of the whole.
         """
-        images = self.pictures[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
+        pictures = self.pictures[rows] if pictures is None else pictures
+        images = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
         (clip, clip_mask), (t5, t5_mask) = (self._padded(name, rows) for name in TOKENS)
         present = torch.ones(len(rows))
         pooled, image = self.clip_pooled[rows].float(), self.image[rows if references is None else references].float()

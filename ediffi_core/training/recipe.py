@@ -1,7 +1,7 @@
 """Recipes: one TOML file says everything that decides the weights of an ensemble."""
 
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,17 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from ..intervals import EVERYTHING, NoiseDistribution, NoiseInterval, complement
-from ..unet import PRESETS, UNetConfig
+import torch
+from torch import Tensor
 
+from .. import efficient_unet, unet
+from ..checkpoint import KINDS
+from ..intervals import EVERYTHING, NoiseDistribution, NoiseInterval, complement
+from ..super_resolution import FACTOR
+from ..unet import NetworkConfig
+from .degradation import Degradation
+
+PRESETS = {**unet.PRESETS, **efficient_unet.PRESETS}
 TREE = NoiseDistribution()  # the paper's tree of intervals, whatever noise a recipe trains on
 
 
@@ -25,16 +33,56 @@ class Data:
     long_share: float = 0.5  # share of long captions
     references: str = "own"  # whose CLIP image embedding goes with a picture: its own, or another's of its "style"
     even_styles: bool = False  # each style as often as any other in the batches, however often it occurs
+    window: int | None = None  # side of the square that is kept of each picture, somewhere in it; None: all is kept
+    windows: int = 1  # pairs in a row that show one scene in different windows, under one caption
+    crop: int | None = None  # side of the square that a step sees, somewhere in what is kept; None: all of it
 
     def __post_init__(self) -> None:
         if self.references not in ("own", "style"):
             raise ValueError(f'references is "own" or "style", got {self.references!r}')
+        if self.windows < 1 or (self.windows > 1 and self.window is None):
+            raise ValueError(f"windows is 1, or more where window says how large they are, got {self.windows}")
+        for name, within in (("window", self.resolution), ("crop", self.kept)):
+            side = getattr(self, name)
+            if side is not None and (side % FACTOR or not 0 < side <= within):
+                raise ValueError(f"{name} is a multiple of {FACTOR} from {FACTOR} to {within} pixels, got {side}")
+
+    @property
+    def kept(self) -> int:
+        """Side of the stored pictures."""
+        return self.resolution if self.window is None else self.window
+
+    @property
+    def prepared(self) -> "Data":
+        """Only what decides the stored pairs; the rest is for training and may change after them."""
+        return replace(self, references="own", even_styles=False, crop=None)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Noise on the low-res image, of a sigma that the network is told (Imagen, Saharia et al. 2022; not in eDiff-I's text)."""
+
+    clean: float = 0.5  # share of the rows that get none
+    maximum: float = 0.3  # sigma of the others, even from 0 to this
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.clean <= 1 or not self.maximum >= 0:
+            raise ValueError(
+                f"augmentation needs a share clean from 0 to 1 and a maximum of 0 or more, got {self.clean!r} and "
+                f"{self.maximum!r}"
+            )
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Sigmas, (count,)."""
+        noised = torch.rand(count, generator=generator) >= self.clean
+        return noised * self.maximum * torch.rand(count, generator=generator)
 
 
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW (eDiff-I, Sec. 5: learning rate 1e-4, weight decay 0.01, batch 2048)."""
 
+    name: str = "adamw"  # or "muon": for the matrices inside the network, and AdamW for the rest
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     beta_1: float = 0.9
@@ -46,6 +94,8 @@ class Optimizer:
     ema: float = 0.9999  # decay of the averaged weights
 
     def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"the optimizer's name is adamw or muon, got {self.name!r}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision is float32 or bfloat16, got {self.precision!r}")
 
@@ -88,7 +138,7 @@ class Node:
 @dataclass(frozen=True)
 class Recipe:
     name: str
-    network: UNetConfig
+    network: NetworkConfig
     data: Data
     nodes: tuple[Node, ...]
     noise: NoiseDistribution = field(default_factory=NoiseDistribution)
@@ -96,6 +146,14 @@ class Recipe:
     dropout: Dropout = field(default_factory=Dropout)
     sampler: dict[str, Any] = field(default_factory=dict)  # recommended settings, written into ensemble.json
     seed: int = 0
+    stage: str = "base"
+    degradation: Degradation = field(default_factory=Degradation)  # of the low-res image of super-resolution stages
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        side = self.data.kept if self.data.crop is None else self.data.crop
+        if self.stage != "base" and side % FACTOR:
+            raise ValueError(f"pictures of {side} pixels have no low-res image: choose a multiple of {FACTOR}")
 
     def node(self, name: str) -> Node:
         for node in self.nodes:
@@ -115,6 +173,9 @@ def read_recipe(path: str | Path) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path.name} is not valid TOML: {error}.") from error
     try:
+        stage = values.get("stage", "base")
+        if stage not in KINDS:
+            raise ValueError(f"stage is one of {', '.join(KINDS)}, got {stage!r}")
         preset = values["network"].pop("preset", None)
         network = {**(PRESETS[preset].as_dict() if preset else {}), **values.pop("network")}
         known = {one.name for one in fields(Recipe)}
@@ -123,6 +184,8 @@ def read_recipe(path: str | Path) -> Recipe:
             "noise": NoiseDistribution,
             "optimizer": Optimizer,
             "dropout": Dropout,
+            "degradation": Degradation,
+            "augmentation": Augmentation,
         }
         built = {name: kind(**values.pop(name)) for name, kind in sections.items() if name in values}
         nodes = tuple(
@@ -132,7 +195,7 @@ def read_recipe(path: str | Path) -> Recipe:
         unknown = set(values) - known
         if unknown:
             raise ValueError(f"unknown entry {sorted(unknown)[0]!r}")
-        recipe = Recipe(name=path.stem, network=UNetConfig(**network), nodes=nodes, **built, **values)
+        recipe = Recipe(name=path.stem, network=KINDS[stage].config(**network), nodes=nodes, **built, **values)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path.name} is not a usable recipe: {error}.") from error
     seen: set[str] = set()

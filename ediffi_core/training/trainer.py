@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..attention import Attend, attend, attend_by_products
 from ..checkpoint import (
+    KINDS,
     NetworkHeader,
     check_finite,
     read_ensemble,
@@ -30,7 +32,9 @@ from ..checkpoint import (
 from ..conditioning import Conditioning
 from ..intervals import NoiseInterval
 from ..preconditioning import SIGMA_DATA, Denoiser, loss_weight
-from ..unet import UNet
+from ..super_resolution import FACTOR, upsampled
+from .degradation import degraded
+from .optimizers import Muon, matrices
 from .pairs import Pairs
 from .recipe import Node, Recipe
 
@@ -51,11 +55,28 @@ def denoising_loss(
     sigma: Tensor,
     noise: Tensor,
     attend: Attend = attend,
+    deviation: Tensor | None = None,
 ) -> Tensor:
-    """E lambda(sigma) |D(image + sigma noise; c, sigma) - image|^2, mean over all pixels (eDiff-I, Sec. 3)."""
+    """E lambda(sigma) |D(image + sigma noise; c, sigma) - image|^2, mean over all pixels (eDiff-I, Sec. 3).
+
+    deviation: (B, 1, 1, 1), takes sigma_data's place in lambda for a network that works around its low-res image.
+    """
     level = sigma[:, None, None, None]
     denoised = denoiser(images + level * noise, sigma, conditioning, attend)
-    return (loss_weight(level, denoiser.sigma_data) * (denoised - images) ** 2).mean()
+    weight = loss_weight(level, denoiser.sigma_data if deviation is None else deviation)
+    return (weight * (denoised - images) ** 2).mean()
+
+
+def low_res_of(images: Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What a super-resolution stage is given to make `images` (B, 3, H, W) of: low_res (B, 3, H, W), and its
+    augmentation_sigma (B,).
+
+    Averaged by 4, degraded, enlarged again, then noised.
+    """
+    low_res = degraded(F.avg_pool2d(images, FACTOR), recipe.data.resolution // FACTOR, generator, recipe.degradation)
+    sigma = recipe.augmentation.sample(len(images), generator)
+    noise = torch.randn(images.shape, generator=generator)
+    return upsampled(low_res, images.shape[2:]) + sigma[:, None, None, None] * noise, sigma
 
 
 def learning_rate_share(step: int, steps: int, warmup: int, final: float) -> float:
@@ -73,7 +94,7 @@ class Trainer:
         self.folder = Path(folder)
         with torch.random.fork_rng():  # layers draw their first weights from the global generator; leave it as it was
             torch.manual_seed(self._seed(-1))
-            self.network = UNet(recipe.network).initialise().to(device)
+            self.network = KINDS[recipe.stage].network(recipe.network).initialise().to(device)
         self.step = 0
         if node.parent is not None:
             self.network.load_state_dict(_float(read_weights(self.folder / f"{node.parent}.safetensors")))
@@ -82,13 +103,20 @@ class Trainer:
         self.noise = replace(recipe.noise, **{name: value for name, value in own.items() if value is not None})
         settings = recipe.optimizer
         self.learning_rate = node.learning_rate if node.learning_rate is not None else settings.learning_rate
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=self.learning_rate,
-            betas=(settings.beta_1, settings.beta_2),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        inner = matrices(self.network) if settings.name == "muon" else set()
+        named = list(self.network.named_parameters())
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [parameter for name, parameter in named if name not in inner],
+                lr=self.learning_rate,
+                betas=(settings.beta_1, settings.beta_2),
+                weight_decay=settings.weight_decay,
+                fused=True,
+            )
+        ]
+        if inner:
+            by_muon = [parameter for name, parameter in named if name in inner]
+            self.optimizers.append(Muon(by_muon, self.learning_rate, weight_decay=settings.weight_decay))
         self.denoiser = Denoiser(self.network, SIGMA_DATA)
         if self.state_path.is_file():
             self._resume()
@@ -114,17 +142,20 @@ class Trainer:
         settings = self.recipe.optimizer
         images, conditioning, sigma, noise = self._draw(index)
         share = learning_rate_share(index, self.node.steps, settings.warmup, settings.final)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = self.learning_rate * share
 
         kind, low = torch.device(self.device).type, settings.precision == "bfloat16"
         by = attend_by_products if low and kind == "cpu" else attend
         with torch.autocast(kind, torch.bfloat16, enabled=low):
-            loss = denoising_loss(self.denoiser, images, conditioning, sigma, noise, by)
-        self.optimizer.zero_grad(set_to_none=True)
+            around = self.recipe.stage != "base" and self.recipe.network.residual
+            deviation = self.network.deviation(conditioning) if around else None
+            loss = denoising_loss(self.denoiser, images, conditioning, sigma, noise, by, deviation)
+        self.network.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
         decay = min(settings.ema, (index + 1) / (index + 10))  # young averages forget the random start
         with torch.no_grad():
@@ -142,7 +173,8 @@ class Trainer:
         rows = drawn[self.pairs.lengths[drawn].argsort(stable=True)][slice_of * batch : (slice_of + 1) * batch]
         same_style = self.recipe.data.references == "style"
         references = self.pairs.references(rows, generator) if same_style else None
-        images, conditioning = self.pairs.batch(rows, references)
+        crops = self.pairs.crops(rows, self.recipe.data.crop, generator)
+        images, conditioning = self.pairs.batch(rows, references, crops)
         clip, t5, image = (
             torch.rand(batch, generator=generator) < rate for rate in (rates.clip, rates.t5, rates.image)
         )
@@ -152,6 +184,8 @@ class Trainer:
             conditioning = replace(conditioning, clip_pooled=conditioning.clip_pooled * kept)
         sigma = self.noise.sample(batch, self.node.intervals, generator).float()
         noise = torch.randn(images.shape, generator=generator)
+        if self.recipe.stage != "base":
+            conditioning = conditioning.with_low_res(*low_res_of(images, self.recipe, generator))
         return images.to(self.device), conditioning.to(self.device), sigma.to(self.device), noise.to(self.device)
 
     def _seed(self, index: int) -> int:
@@ -164,14 +198,15 @@ class Trainer:
         check_finite(self.average, f"step {self.step} of node {self.node.name}")
         interval = NoiseInterval(self.node.intervals[0].low, self.node.intervals[-1].high)
         provenance = {"recipe": self.recipe.name, "node": asdict(self.node), "steps": self.step}
-        header = NetworkHeader(self.recipe.network, interval, "base", self.denoiser.sigma_data, provenance)
+        header = NetworkHeader(self.recipe.network, interval, self.recipe.stage, self.denoiser.sigma_data, provenance)
         save_network(self.path, {name: tensor.half() for name, tensor in self.average.items()}, header)
 
-        moments = self.optimizer.state_dict()["state"]
         state = {f"network.{name}": tensor.contiguous() for name, tensor in self.network.state_dict().items()}
         state |= {f"average.{name}": tensor.contiguous() for name, tensor in self.average.items()}
-        for (name, _), (_, moment) in zip(self.network.named_parameters(), sorted(moments.items()), strict=True):
-            state |= {f"optimizer.{name}.{key}": value.contiguous() for key, value in moment.items()}
+        for name, parameter in self.network.named_parameters():
+            for optimizer in self.optimizers:
+                moments = optimizer.state.get(parameter, {})
+                state |= {f"optimizer.{name}.{key}": value.contiguous() for key, value in moments.items()}
         partial = self.state_path.with_suffix(".partial")
         save_file(state, partial, metadata={"state": json.dumps({"step": self.step, "node": asdict(self.node)})})
         os.replace(partial, self.state_path)
@@ -188,15 +223,15 @@ class Trainer:
         self.step = saved["step"]
         self.network.load_state_dict(_part(state, "network."))
         self.average = {name: tensor.clone() for name, tensor in _part(state, "average.").items()}
-        moments = {}
-        for number, (name, parameter) in enumerate(self.network.named_parameters()):
-            moment = _part(state, f"optimizer.{name}.")
-            # the fused optimizer walks memory in order, so moments need the memory layout of their parameter
-            moments[number] = {
-                key: torch.empty_like(parameter).copy_(value) if value.dim() else value for key, value in moment.items()
-            }
-        if moments[0]:
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        names = {parameter: name for name, parameter in self.network.named_parameters()}
+        for optimizer in self.optimizers:
+            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                moments = _part(state, f"optimizer.{names[parameter]}.")
+                # the fused optimizer walks memory in order, so moments need the memory layout of their parameter
+                optimizer.state[parameter] = {
+                    key: torch.empty_like(parameter).copy_(value) if value.dim() else value
+                    for key, value in moments.items()
+                }
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -216,5 +251,5 @@ def export(recipe: Recipe, folder: str | Path, target: str | Path) -> None:
         shutil.copyfile(Path(folder) / f"{node.name}.safetensors", target / f"{node.name}.safetensors")
         experts.append((f"{node.name}.safetensors", NoiseInterval(node.intervals[0].low, node.intervals[-1].high)))
     experts.sort(key=lambda expert: expert[1], reverse=True)
-    write_ensemble(target, experts, "base", recipe.sampler, recipe.data.encoders, "Apache-2.0")
+    write_ensemble(target, experts, recipe.stage, recipe.sampler, recipe.data.encoders, "Apache-2.0")
     read_ensemble(target)

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY, random_conditioning, tiny_network
+from tiny import (
+    TINY,
+    TINY_SR256,
+    TINY_SR1024,
+    random_conditioning,
+    random_super_resolution,
+    tiny_network,
+    tiny_super_resolution,
+)
 
 from ediffi_core.checkpoint import (
     NetworkHeader,
@@ -16,6 +24,7 @@ from ediffi_core.checkpoint import (
     save_network,
     write_ensemble,
 )
+from ediffi_core.efficient_unet import EfficientUNet
 from ediffi_core.intervals import EVERYTHING, NoiseInterval, paper_split
 
 NAMES = ("high", "middle", "low")
@@ -38,6 +47,23 @@ def folder(tmp_path):
     return folder
 
 
+def super_resolution_file(path, stage="sr256", seed=0, interval=EVERYTHING, **changes):
+    network = tiny_super_resolution(seed, stage, **changes)
+    save_network(path, network.state_dict(), NetworkHeader(network.config, interval, stage))
+    return network
+
+
+@pytest.fixture
+def super_resolution_folder(tmp_path):
+    folder = tmp_path / "larger"
+    folder.mkdir()
+    experts = [("high.safetensors", NoiseInterval(1, math.inf)), ("low.safetensors", NoiseInterval(0, 1))]
+    for seed, (name, interval) in enumerate(experts):
+        super_resolution_file(folder / name, seed=seed, interval=interval)
+    write_ensemble(folder, experts, stage="sr256")
+    return folder
+
+
 def edit(path, change):
     values = json.loads(path.read_text())
     change(values)
@@ -56,6 +82,48 @@ def test_a_file_gives_back_the_network_that_was_saved(file):
     assert header.config == TINY
     x, c_noise, conditioning = torch.randn(2, 3, 8, 8), torch.zeros(2), random_conditioning()
     assert torch.equal(network(x, c_noise, conditioning), tiny_network()(x, c_noise, conditioning))
+
+
+@pytest.mark.parametrize(("stage", "config"), [("sr256", TINY_SR256), ("sr1024", TINY_SR1024)])
+def test_a_file_of_a_super_resolution_stage_gives_back_its_network(tmp_path, stage, config):
+    saved = super_resolution_file(tmp_path / "expert.safetensors", stage)
+    network, header = load_network(tmp_path / "expert.safetensors")
+    assert isinstance(network, EfficientUNet)
+    assert (header.kind, header.config) == (stage, config)
+    x, c_noise, conditioning = torch.randn(2, 3, 10, 14), torch.zeros(2), random_super_resolution(2, 10, 14)
+    assert torch.equal(network(x, c_noise, conditioning), saved(x, c_noise, conditioning))
+
+
+def test_a_header_whose_kind_is_not_that_of_its_network_is_refused():
+    with pytest.raises(ValueError, match="kind 'base' is described by UNetConfig, got EfficientUNetConfig"):
+        NetworkHeader(TINY_SR256)
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        (NetworkHeader(TINY), "lacks the weight stem|the weight stem.weight has shape"),
+        (NetworkHeader(TINY_SR1024, kind="sr1024"), "the weight .* has shape .* asks for"),
+    ],
+    ids=["base", "sr1024"],
+)
+def test_weights_of_one_kind_under_the_description_of_another_are_refused(tmp_path, described, message):
+    path = tmp_path / "expert.safetensors"
+    super_resolution_file(path)
+    rewrite(path, header=described.to_json())
+    with pytest.raises(ValueError, match=message):
+        load_network(path)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("sr256", "base"), ("base", "sr256")])
+def test_a_description_of_one_kind_under_the_name_of_another_is_refused(tmp_path, kind, name):
+    path = tmp_path / "expert.safetensors"
+    header = NetworkHeader(TINY) if name == "base" else NetworkHeader(TINY_SR256, kind=name)
+    save_file(
+        {"a": torch.zeros(1)}, path, metadata={"ediffi": json.dumps({**json.loads(header.to_json()), "kind": kind})}
+    )
+    with pytest.raises(ValueError, match=r"unusable description: .*unexpected keyword argument"):
+        read_header(path)
 
 
 def test_the_header_says_everything_without_loading_weights(file):
@@ -217,3 +285,26 @@ def test_experts_of_different_encoders_are_refused(folder):
     save_network(folder / "low.safetensors", tiny_network(t5_width=20).state_dict(), NetworkHeader(config, EVERYTHING))
     with pytest.raises(ValueError, match=r"t5_width 20, high.safetensors has 14"):
         load_ensemble(folder)
+
+
+def test_a_folder_of_super_resolution_experts_loads_as_one_denoiser(super_resolution_folder):
+    assert read_ensemble(super_resolution_folder).stage == "sr256"
+    ensemble = load_ensemble(super_resolution_folder)
+    x, sigma = torch.randn(2, 3, 9, 12), torch.tensor([20.0, 0.01])
+    conditioning = random_super_resolution(2, 9, 12)
+    both = ensemble(x, sigma, conditioning)
+    for row, expert in enumerate(ensemble.experts):
+        alone = expert(x[row : row + 1], sigma[row : row + 1], conditioning.rows([row]))
+        torch.testing.assert_close(both[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_an_expert_of_another_stage_is_refused(super_resolution_folder):
+    super_resolution_file(super_resolution_folder / "low.safetensors", "sr1024", interval=NoiseInterval(0, 1))
+    with pytest.raises(ValueError, match=r"low.safetensors holds a 'sr1024' network, the ensemble's stage is 'sr256'"):
+        load_ensemble(super_resolution_folder)
+
+
+def test_super_resolution_experts_of_different_encoders_are_refused(super_resolution_folder):
+    super_resolution_file(super_resolution_folder / "low.safetensors", interval=NoiseInterval(0, 1), clip_width=20)
+    with pytest.raises(ValueError, match=r"clip_width 20, high.safetensors has 12"):
+        load_ensemble(super_resolution_folder)

@@ -104,6 +104,16 @@ def test_a_crop_is_the_part_of_the_map():
     torch.testing.assert_close(part, whole[4:, 2:4])
 
 
+def test_a_picture_that_is_padded_keeps_its_regions_in_place():
+    """A grid of 3 x 2 tokens of 4 pixels on a picture of 9 x 7: the padding below and right is as the edges are."""
+    mask = torch.rand(1, 9, 7, generator=torch.Generator().manual_seed(1))
+    by_hand = torch.cat([mask, mask[:, -1:].expand(1, 3, 7)], dim=1)
+    by_hand = torch.cat([by_hand, by_hand[..., -1:]], dim=2)
+    expected = by_hand.view(3, 4, 2, 4).mean((1, 3)).flatten()
+    regions = Regions((Region("fox", mask, (0,)),))
+    torch.testing.assert_close(regions.masks((3, 2), padded=((9, 7), (12, 8)))[0, :, 0], expected)
+
+
 def test_the_weight_dies_out_with_the_noise_and_keeps_its_window():
     settings = PaintSettings(weight=0.5, start_sigma=20.0, end_sigma=0.1)
     assert settings.at(10.0) == pytest.approx(0.5 * math.log(11))

@@ -44,15 +44,18 @@ def weights(trainer):
     }
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_a_run_stopped_anywhere_continues_to_the_same_weights(pairs, tmp_path, stop):
-    whole = Trainer(recipe(), NODE, pairs, tmp_path / "whole")
+def test_a_run_stopped_anywhere_continues_to_the_same_weights(pairs, tmp_path, stop, optimizer):
+    by = recipe()
+    by = dataclasses.replace(by, optimizer=dataclasses.replace(by.optimizer, name=optimizer))
+    whole = Trainer(by, NODE, pairs, tmp_path / "whole")
     losses = [progress.loss for progress in whole.train()]
 
-    first = Trainer(recipe(), NODE, pairs, tmp_path / "parts")
+    first = Trainer(by, NODE, pairs, tmp_path / "parts")
     parts = [progress.loss for progress in first.train(until=stop)]
     first.save()
-    second = Trainer(recipe(), NODE, pairs, tmp_path / "parts")
+    second = Trainer(by, NODE, pairs, tmp_path / "parts")
     assert second.step == stop
     parts += [progress.loss for progress in second.train()]
 
@@ -164,8 +167,11 @@ def test_a_batch_of_pairs_is_padded_to_its_longest_caption(pairs):
 
 def test_shapeworld_pairs_are_the_same_for_the_same_seed_and_shard():
     data = Data("none", 100, seed=3)
-    (pictures, captions, styles), (again, *_), (other, *_) = (shapeworld_pairs(data, shard, 4) for shard in (0, 0, 1))
+    (pictures, wholes, styles, captions), (again, *_), (other, *_) = (
+        shapeworld_pairs(data, shard, 4) for shard in (0, 0, 1)
+    )
     assert torch.equal(pictures, again)
+    assert wholes is pictures or torch.equal(wholes, pictures)
     assert not torch.equal(pictures, other)
     assert all(caption.text for caption in captions)
     for caption, style in zip(captions, styles, strict=True):
@@ -207,10 +213,9 @@ def test_a_recipe_may_train_with_references_of_the_same_style(pairs, tmp_path):
 
 
 def test_every_shipped_recipe_reads(pytestconfig):
-    paths = sorted((pytestconfig.rootpath / "recipes").glob("*base*.toml"))
-    assert paths
-    for path in paths:
-        assert read_recipe(path).nodes
+    paths = sorted((pytestconfig.rootpath / "recipes").glob("shapeworld*.toml"))
+    assert {read_recipe(path).stage for path in paths} == {"base", "sr256", "sr1024"}
+    assert all(read_recipe(path).nodes for path in paths)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +226,20 @@ def test_every_shipped_recipe_reads(pytestconfig):
         (
             "speed = 3\n[network]\npreset = 'tiny'\n[data]\nencoders = 'x'\npairs = 1\n[[nodes]]\nname='a'\nsteps=1\nbatch=1",
             "speed",
+        ),
+        (
+            "stage = '512'\n[network]\npreset = 'tiny'\n[data]\nencoders = 'x'\npairs = 1\n[[nodes]]\nname='a'\nsteps=1\nbatch=1",
+            "stage is one of base, sr256, sr1024, got '512'",
+        ),
+        (
+            "stage = 'sr256'\n[network]\npreset = 'tiny-sr256'\n[data]\nencoders = 'x'\npairs = 1\ncrop = 30\n[[nodes]]\nname='a'\n"
+            "steps=1\nbatch=1",
+            "crop is a multiple of 4 from 4 to 64 pixels, got 30",
+        ),
+        (
+            "stage = 'sr256'\n[network]\npreset = 'tiny-sr256'\n[data]\nencoders = 'x'\npairs = 1\n[degradation.first]\nblur = 2\n"
+            "[[nodes]]\nname='a'\nsteps=1\nbatch=1",
+            "blur is a probability from 0 to 1, got 2",
         ),
         ("[network]\nwheels = 3\n[data]\nencoders = 'x'\npairs = 1\n[[nodes]]\nname='a'\nsteps=1\nbatch=1", "wheels"),
         (

@@ -191,3 +191,18 @@ def test_one_denoising_step_of_the_papers_size_in_bfloat16_fits_24_gib(capsys):
     with capsys.disabled():
         print(f"\npaper-base, one guided step in bfloat16: {seconds:.1f} s, {gib:.1f} GiB at its peak")
     assert gib < 24
+
+
+def test_the_input_may_join_the_output_directly():
+    network = tiny_network(direct=True, patch=2).requires_grad_(False)
+    plain = tiny_network(direct=True, patch=2).initialise()
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    conditioning, c_noise = random_conditioning(1), torch.tensor([0.3])
+    assert torch.equal(
+        plain(x, c_noise, conditioning), plain(2 * x, c_noise, conditioning)
+    )  # training begins without it
+    network.direct.weight.zero_()
+    network.direct.bias.copy_(
+        torch.cat([torch.full((12,), -1.0), torch.full((12,), 2.0)])
+    )  # none of h, twice the input
+    assert torch.allclose(network(x, c_noise, conditioning), 2 * x, atol=1e-6)

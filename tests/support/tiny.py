@@ -5,9 +5,12 @@ import dataclasses
 import torch
 
 from ediffi_core.conditioning import Conditioning
-from ediffi_core.unet import PRESETS, UNet, UNetConfig
+from ediffi_core.efficient_unet import PRESETS as SR_PRESETS
+from ediffi_core.efficient_unet import EfficientUNet
+from ediffi_core.unet import PRESETS, NetworkConfig, UNet
 
 TINY = PRESETS["tiny"]
+TINY_SR256, TINY_SR1024 = SR_PRESETS["tiny-sr256"], SR_PRESETS["tiny-sr1024"]
 
 
 def tiny_network(seed: int = 0, **changes) -> UNet:
@@ -16,8 +19,15 @@ def tiny_network(seed: int = 0, **changes) -> UNet:
     return UNet(dataclasses.replace(TINY, **changes)).eval().requires_grad_(False)
 
 
+def tiny_super_resolution(seed: int = 0, stage: str = "sr256", **changes) -> EfficientUNet:
+    """The same for a super-resolution stage, "sr256" or "sr1024"."""
+    torch.manual_seed(seed)
+    config = dataclasses.replace(SR_PRESETS[f"tiny-{stage}"], **changes)
+    return EfficientUNet(config).eval().requires_grad_(False)
+
+
 def random_conditioning(
-    batch: int = 2, seed: int = 0, config: UNetConfig = TINY, clip_length: int = 77, t5_length: int = 113
+    batch: int = 2, seed: int = 0, config: NetworkConfig = TINY, clip_length: int = 77, t5_length: int = 113
 ) -> Conditioning:
     generator = torch.Generator().manual_seed(seed)
 
@@ -36,3 +46,13 @@ def random_conditioning(
         image=randn(batch, config.image_width),
         image_strength=torch.ones(batch),
     )
+
+
+def random_super_resolution(
+    batch: int = 2, height: int = 16, width: int = 16, augmentation_sigma: float = 0.0, **choices
+) -> Conditioning:
+    """Conditioning with a low-res image, for images of this size."""
+    generator = torch.Generator().manual_seed(choices.get("seed", 0) + 1)
+    low_res = torch.rand((batch, 3, height, width), generator=generator) * 2 - 1
+    conditioning = random_conditioning(batch, **choices)
+    return conditioning.with_low_res(low_res, torch.full((batch,), augmentation_sigma))

@@ -52,6 +52,23 @@ def test_small_pictures_equal_area_downsampled_large_ones(style):
             assert np.quantile(error, 0.99) < 0.05
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_a_window_shows_what_the_whole_picture_shows_there(style):
+    rng = np.random.default_rng(4)
+    scene = dataclasses.replace(random_scene(rng, 3), style=style)
+    whole = render(scene, 192)
+    for left, top, width, height in ((0, 0, 192, 192), (0, 0, 64, 48), (128, 60, 64, 64), (70, 191, 1, 1)):
+        window = render(scene, 192, (left, top, width, height))
+        assert window.shape == (height, width, 3)
+        assert np.abs(window - whole[top : top + height, left : left + width]).max() < 1e-6
+
+
+@pytest.mark.parametrize("window", [(-1, 0, 8, 8), (0, 0, 0, 8), (0, 60, 8, 8)])
+def test_a_window_lies_inside_the_picture(window):
+    with pytest.raises(ValueError, match="is not inside a picture of 64 pixels"):
+        render(one_object(), 64, window)
+
+
 def test_background_texture_downsamples_exactly():
     empty = Scene((), "gray", "flat", 11)
     error = np.abs(downsampled(render(empty, 1024), 256) - render(empty, 256))

@@ -1,0 +1,47 @@
+import torch
+from tiny import tiny_network
+from torch import nn
+
+from ediffi_core.training.optimizers import RMS, Muon, matrices, orthogonalised
+
+
+def test_an_orthogonalised_matrix_has_singular_values_of_about_1():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((16, 16), (8, 64), (64, 8)):
+        matrix = torch.randn(shape, generator=generator) * 100
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+        result = orthogonalised(matrix).float()
+        assert result.shape == shape
+        assert torch.linalg.svdvals(result).sub(1).abs().max() < 0.4
+        along = torch.nn.functional.cosine_similarity(result.flatten(), (u @ vh).flatten(), dim=0)
+        assert along > 0.97  # and its directions are the matrix's own
+
+
+def test_an_update_is_as_large_as_one_by_adamw():
+    parameter = nn.Parameter(torch.zeros(32, 4, 3, 3))
+    parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    Muon([parameter], lr=0.1).step()
+    assert abs(parameter.square().mean().sqrt().item() / (0.1 * RMS) - 1) < 0.15
+
+
+def test_muon_finds_the_matrix_of_a_least_squares_problem():
+    generator = torch.Generator().manual_seed(0)
+    x, wanted = torch.randn(256, 12, generator=generator), torch.randn(12, 6, generator=generator)
+    weight = nn.Parameter(torch.zeros(12, 6))
+    optimizer = Muon([weight], lr=0.1)
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
+        optimizer.zero_grad()
+        ((x @ weight - x @ wanted) ** 2).mean().backward()
+        optimizer.step()
+    assert (weight - wanted).abs().max() < 0.02
+
+
+def test_muon_trains_inner_matrices_only():
+    network = tiny_network()
+    shapes = dict(network.named_parameters())
+    names = matrices(network)
+    assert "middle.0.cross_attention.q.weight" in names
+    assert "down.0.residual.conv_in.weight" in names
+    assert not {"stem.weight", "conv_out.weight", "null.weight", "noise.dense_0.weight"} & names
+    assert all(shapes[name].ndim in (2, 4) for name in names)
