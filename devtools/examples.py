@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from . import graphs, painting_graphs, style_graphs
+from . import cascade_graphs, graphs, painting_graphs, style_graphs
 from .comfyui import PACK_NAME, Server, find_comfyui
 from .frontend import Frontend
 from .graphs import Columns, files_of
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "example_workflows"
 IMAGES = ROOT / "docs" / "images"
 STAND_INS = ROOT / "tests" / "support"
-EXAMPLES = graphs.EXAMPLES | painting_graphs.EXAMPLES | style_graphs.EXAMPLES
+EXAMPLES = graphs.EXAMPLES | painting_graphs.EXAMPLES | style_graphs.EXAMPLES | cascade_graphs.EXAMPLES
 PAINTER = f"/extensions/{PACK_NAME}/painter_core.js"
 SHOWS = ("SaveImage", "SaveVideo", "PreviewImage", "MaskPreview")
 SIDE = 384  # of a picture in a thumbnail

@@ -50,7 +50,7 @@ class EfficientUNetConfig(NetworkConfig):
     def numbers_per_pixel(self) -> float:
         """At most so many numbers a call holds at once for each pixel of an image, beside the weights.
 
-        Measured on the CPU as the growth of the resident memory: 3.7 to 5.8 for each channel of full resolution, for the
+        Measured on the CPU as the growth of the resident memory: 4 to 7 for each channel of full resolution, for the
         demo's and the paper's sizes, in float32 and bfloat16. 8 leaves room for other devices' kernels.
         """
         return 8 * self.channels / self.patch**2

@@ -28,8 +28,9 @@ class Settings(NamedTuple):
 
 
 DEFAULTS = Settings()
-# the low-res image settles all but fine detail, so few steps do; guidance would double the cost and pull colours away from it
-SR_DEFAULTS = Settings(steps=8, guidance_scale=1.0)
+# The low-res image settles all but fine detail, so few steps do, and guidance would double the cost and pull colours away from it.
+# In few steps Heun's second look comes from far below its first, where the image has long changed: Euler is better (docs/cascade.md).
+SR_DEFAULTS = Settings(steps=8, guidance_scale=1.0, sampler="euler")
 OVERLAP, GRID = 64, 32  # pixels that tiles share; what their places are multiples of, as are the cells of networks
 
 

@@ -6,7 +6,7 @@ import logging
 from comfy_api.latest import ComfyExtension
 
 # in the order of a workflow
-FILES = ("text", "style", "regions", "experts", "sampling", "analysis")
+FILES = ("text", "style", "regions", "experts", "sampling", "cascade", "analysis")
 
 
 class EDiffIExtension(ComfyExtension):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ediffi_core.conditioning import CLIP_LENGTH, T5_LENGTH, Conditioning
 from ..ediffi_core.intervals import NoiseInterval
 from ..ediffi_core.phrases import Range
-from ..ediffi_core.unet import UNetConfig
+from ..ediffi_core.unet import NetworkConfig
 
 LENGTH = CLIP_LENGTH + T5_LENGTH
 WORDS = "ediffi_words"  # key of the conditioning dict that holds a `Words`
@@ -68,7 +68,9 @@ def packed_spans(clip: Sequence[Range], t5: Sequence[Range]) -> tuple[Range, ...
     return tuple(spans)
 
 
-def unpacked(tokens: Tensor, pooled: Tensor, image: Tensor, image_strength: Tensor, config: UNetConfig) -> Conditioning:
+def unpacked(
+    tokens: Tensor, pooled: Tensor, image: Tensor, image_strength: Tensor, config: NetworkConfig
+) -> Conditioning:
     """The inverse of `packed`, with masks read from the tokens. `tokens` may be several prompts long, (B, n 190, E)."""
     parts = tokens.split([CLIP_LENGTH, T5_LENGTH] * (tokens.shape[1] // LENGTH), dim=1)
     clip = torch.cat(parts[::2], dim=1)[..., : config.clip_width]
@@ -84,7 +86,7 @@ def unpacked(tokens: Tensor, pooled: Tensor, image: Tensor, image_strength: Tens
     )
 
 
-def check_conditioning(tokens: Tensor | None, pooled: Tensor | None, config: UNetConfig) -> None:
+def check_conditioning(tokens: Tensor | None, pooled: Tensor | None, config: NetworkConfig) -> None:
     """Raise ValueError unless a CONDITIONING has the layout that the network reads."""
     width = max(config.clip_width, config.t5_width)
     if tokens is None or tokens.ndim != 3:

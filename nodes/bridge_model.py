@@ -1,5 +1,9 @@
-"""One expert as a MODEL of ComfyUI: the network with ComfyUI's layers and attention, in a patcher that it can manage."""
+"""One expert as a MODEL of ComfyUI: the network with ComfyUI's layers and attention, in a patcher that it can manage.
 
+There are two kinds of networks, the base stage's and those of super-resolution; the latter also see a low-res image.
+"""
+
+import math
 from pathlib import Path
 
 import comfy.conds
@@ -18,8 +22,11 @@ import torch
 from torch import Tensor
 
 from ..ediffi_core.checkpoint import NetworkHeader, check_finite, read_header
+from ..ediffi_core.efficient_unet import EfficientUNet, EfficientUNetConfig
 from ..ediffi_core.schedule import SIGMA_MAX, SIGMA_MIN
-from ..ediffi_core.unet import UNet, UNetConfig
+from ..ediffi_core.unet import NetworkConfig, UNet
+from .bridge_cascade import LOW_RES, NOTHING_TO_ENLARGE, TILES, TiledCalls
+from .bridge_cascade import MARKER as LOW_RES_MARKER
 from .bridge_conditioning import check_conditioning, unpacked
 from .bridge_painting import make_obey
 from .bridge_style import MARKER, PICTURES, style_of
@@ -31,12 +38,12 @@ class PixelFormat(comfy.latent_formats.ChromaRadiance):
     """LATENT in pixel space: RGB images in [-1, 1], (B, 3, H, W); previews show them as they are."""
 
 
-class ComfyUNet(UNet):
-    """The network, called the way ComfyUI calls a diffusion model."""
+class ComfyNetwork:
+    """A network of the core, called the way ComfyUI calls a diffusion model. Stands in front of its class."""
 
     dtype = None  # an attribute instead of the core's property: under dynamic VRAM there are no weights to ask yet
 
-    def __init__(self, config: UNetConfig, dtype=None, device=None, operations=None, **_) -> None:
+    def __init__(self, config, dtype=None, device=None, operations=None, **_) -> None:
         super().__init__(config, operations=operations, device=device, dtype=dtype)
         self.dtype = dtype
 
@@ -49,11 +56,14 @@ class ComfyUNet(UNet):
         return executor.execute(x, timesteps, context, control, options, **kwargs)
 
     def _forward(
-        self, x, timesteps, context, control, transformer_options, pooled, image, image_strength, **_
-    ) -> Tensor:
+        self, x, timesteps, context, control, transformer_options, pooled, image, image_strength,
+        low_res=None, augmentation_sigma=None, **_,
+    ) -> Tensor:  # fmt: skip
         if control is not None:
             raise ValueError("There are no ControlNets for eDiff-I networks. Remove Apply ControlNet from the prompt.")
         conditioning = unpacked(context, pooled, image, image_strength, self.config)
+        if low_res is not None:
+            conditioning = conditioning.with_low_res(low_res, augmentation_sigma)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
             if bias is not None:
@@ -67,6 +77,14 @@ class ComfyUNet(UNet):
         return super().forward(x, timesteps, conditioning, attend)
 
 
+class ComfyUNet(ComfyNetwork, UNet):
+    """Of the base stage."""
+
+
+class ComfyEfficientUNet(ComfyNetwork, EfficientUNet):
+    """Of the super-resolution stages."""
+
+
 class Preconditioning(comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.EDM):
     """EDM in ComfyUI's words. Sampling starts from sigma_max times unit noise, as in EDM.
 
@@ -78,8 +96,10 @@ class Preconditioning(comfy.model_sampling.ModelSamplingContinuousEDM, comfy.mod
 
 
 class EDiffIModel(comfy.model_base.BaseModel):
+    network = ComfyUNet
+
     def __init__(self, model_config, device=None) -> None:
-        super().__init__(model_config, comfy.model_base.ModelType.EDM, device=device, unet_model=ComfyUNet)
+        super().__init__(model_config, comfy.model_base.ModelType.EDM, device=device, unet_model=self.network)
         self.model_sampling = Preconditioning(model_config)
 
     def extra_conds(self, **kwargs):
@@ -98,6 +118,41 @@ class EDiffIModel(comfy.model_base.BaseModel):
         }
 
 
+class SuperResolutionModel(EDiffIModel):
+    network = ComfyEfficientUNet
+
+    def extra_conds(self, **kwargs):
+        conds = super().extra_conds(**kwargs)
+        if LOW_RES not in kwargs:
+            raise ValueError(NOTHING_TO_ENLARGE)
+        given = kwargs[LOW_RES]
+        low_res, augmentation_sigma = given.at(kwargs["noise"].shape, kwargs["device"])
+        conds |= {
+            LOW_RES_MARKER: comfy.conds.CONDNoiseShape(low_res),
+            "augmentation_sigma": comfy.conds.CONDRegular(augmentation_sigma),
+        }
+        return conds if given.tiles is None else conds | {TILES: TiledCalls(given.tiles)}
+
+    def extra_conds_shapes(self, **kwargs):
+        given = kwargs.get(LOW_RES)
+        return {} if given is None or given.tiles is None else {TILES: TiledCalls(given.tiles).size()}
+
+    def memory_required(self, input_shape, cond_shapes=None):
+        """Of a call, in bytes: where there are tiles, of one."""
+        shapes = cond_shapes or {}
+        if shapes.get(TILES):
+            largest = max(shapes[TILES], key=math.prod)
+            input_shape = [*input_shape[:2], *map(min, zip(input_shape[2:], largest[2:], strict=True))]
+        return super().memory_required(input_shape, shapes)
+
+    def apply_model(self, x, t, **values):
+        """Outside of what other nodes wrap around a call, so that they and painted regions see each tile as an image."""
+        tiles = values.pop(TILES, None)
+        if tiles is None:
+            return super().apply_model(x, t, **values)
+        return tiles(super().apply_model, x, t, self.diffusion_model.config.multiple, values)
+
+
 class EDiffIConfig(comfy.supported_models_base.BASE):
     unet_extra_config = {}  # noqa: RUF012
     latent_format = PixelFormat
@@ -106,21 +161,23 @@ class EDiffIConfig(comfy.supported_models_base.BASE):
     def __init__(self, header: NetworkHeader) -> None:
         self.sampling_settings = dict(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, sigma_data=header.sigma_data)
         super().__init__({"config": header.config})
-        # A call's peak, measured on the CPU: 19 to 34 numbers a pixel for each channel of full resolution; ComfyUI counts
-        # 0.01 MiB times the factor for each of them.
-        self.memory_usage_factor = 40 * header.config.channels / header.config.patch**2 / (0.01 * 2**20)
+        # ComfyUI counts 0.01 MiB times the factor for each number
+        self.memory_usage_factor = header.config.numbers_per_pixel / (0.01 * 2**20)
 
     def get_model(self, state_dict, prefix="", device=None) -> EDiffIModel:
-        return EDiffIModel(self, device=device)
+        kind = SuperResolutionModel if isinstance(self.unet_config["config"], EfficientUNetConfig) else EDiffIModel
+        return kind(self, device=device)
 
 
-def check_images(shape, config: UNetConfig) -> None:
+def check_images(shape, config: NetworkConfig) -> None:
     """Raise ValueError unless a LATENT of this shape can be sampled by the network."""
     if len(shape) != 4 or shape[1] != config.image_channels:
         raise ValueError(
             f"This MODEL works on pixels: it samples LATENTs of {config.image_channels} channels, got shape {list(shape)}. "
             f"Start from eDiff-I Empty Image, or encode an image with the VAE of eDiff-I Load Ensemble."
         )
+    if isinstance(config, EfficientUNetConfig):  # it takes images of any size
+        return
     height, width = shape[2:]
     if height % config.multiple or width % config.multiple:
         raise ValueError(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..ediffi_core.attention_maps import AttentionMaps, shares
 from ..ediffi_core.conditioning import CLIP_LENGTH, T5_LENGTH
-from ..ediffi_core.paint_with_words import WHOLE, PaintSettings, Region, Regions, bias, flow_sigma
+from ..ediffi_core.paint_with_words import WHOLE, PaintSettings, Region, Regions, Size, bias, flow_sigma
 from .bridge_conditioning import LENGTH
 
 Patcher = comfy.model_patcher.ModelPatcher
@@ -42,6 +42,7 @@ class Painted:
         self.length = length  # tokens of the conditioning
         self.size_of_latent: tuple[int, int] | None = None  # set by the MODEL that obeys
         self.box = WHOLE
+        self.tile: tuple[Size, Size] | None = None  # its upper left corner, and the size of what `box` covers
         self.rows = 0
 
     def process_cond(self, batch_size: int, area=None, **_) -> "Painted":
@@ -64,6 +65,12 @@ class Painted:
             (height, width), (h, w) = self.size_of_latent, area[dimensions - 2 : dimensions]
             y, x = area[2 * dimensions - 2 :]
             result.box = (y / height, x / width, (y + h) / height, (x + w) / width)
+        return result
+
+    def in_tile(self, corner: Size, size: Size) -> "Painted":
+        """For a call on a part of the image, whose upper left corner lies there in an image of `size`, in pixels."""
+        result = copy.copy(self)
+        result.tile = corner, size
         return result
 
     def can_concat(self, other) -> bool:
@@ -167,6 +174,10 @@ class Family:
         """Of the conditioning -> of the keys."""
         return columns
 
+    def masks(self, chunk: "Painted", place: Place, device) -> Tensor:
+        """How much of each image token each region covers, (M, h w, regions)."""
+        return chunk.regions.masks(place.grid, chunk.box, device)
+
 
 class UNetFamily(Family):
     """ComfyUI's U-Net (SD1.5, SD2, SDXL and its refiner, ...): cross-attention announces itself through a patch."""
@@ -182,17 +193,38 @@ class UNetFamily(Family):
 
 
 class OwnFamily(Family):
-    """Our U-Net: cross-attention is the call with a mask; keys are all CLIP tokens, all T5 tokens, image, null."""
+    """Our networks: cross-attention is the call with a mask; keys are all CLIP tokens, all T5 tokens, image, null.
+
+    Those of super-resolution pad an image to a multiple of pixels, and may be given it in tiles.
+    """
 
     def place(self, q, k, options, arguments):
         if arguments.get("mask") is None:
             return None
-        height, width = self.call.latent
+        height, width = self._padded(self.call.latent)
         shrink = math.isqrt(height * width // q.shape[-2])
         grid = (height // shrink, width // shrink)
         if grid[0] * grid[1] != q.shape[-2]:
             return None
         return Place(grid, 1, slice(0, q.shape[-2]), slice(0, self.call.length))
+
+    def masks(self, chunk, place, device):
+        # of the whole image on the grid that tiles share, since they begin at multiples, and then the part of the tile
+        corner, size = chunk.tile or ((0, 0), self.call.latent)
+        padded = self._padded(size)
+        cell = self._padded(self.call.latent)[0] // place.grid[0]
+        grid = (padded[0] // cell, padded[1] // cell)
+        masks = chunk.regions.masks(grid, chunk.box, device, None if size == padded else (size, padded))
+        if chunk.tile is None:
+            return masks
+        rows, columns = (
+            slice(start // cell, start // cell + side) for start, side in zip(corner, place.grid, strict=True)
+        )
+        return masks.unflatten(1, grid)[:, rows, columns].flatten(1, 2)
+
+    def _padded(self, size):
+        multiple = self.network.config.multiple
+        return tuple(math.ceil(side / multiple) * multiple for side in size)
 
     def columns(self, columns, length):
         chunks = length // LENGTH
@@ -233,6 +265,7 @@ class JointFamily(Family):
 
 FAMILIES = {
     "ComfyUNet": OwnFamily,
+    "ComfyEfficientUNet": OwnFamily,
     "UNetModel": UNetFamily,
     "WanModel": WanFamily,
     "Flux": JointFamily,
@@ -354,7 +387,7 @@ class Call:
 
     def _map(self, chunk: Painted, tokens: Tensor, place: Place) -> Tensor:
         """A of one conditioning, (rows, h w, text tokens)."""
-        return (chunk.regions.masks(place.grid, chunk.box, tokens.device) @ tokens).expand(chunk.rows, -1, -1)
+        return (self.family.masks(chunk, place, tokens.device) @ tokens).expand(chunk.rows, -1, -1)
 
     def _beside(self, patch: Callable) -> Callable:
         """Another pack's attention in place of the network's: what painting changes is added to what it gives."""

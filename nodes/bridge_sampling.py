@@ -67,6 +67,15 @@ def sample(
     return result | {"samples": samples}
 
 
+def empty_image(width: int, height: int, batch_size: int) -> dict:
+    """A LATENT of black-and-white's middle, 0, for `batch_size` images in pixel space."""
+    samples = torch.zeros(
+        batch_size, 3, height, width,
+        device=comfy.model_management.intermediate_device(), dtype=comfy.model_management.intermediate_dtype(),
+    )  # fmt: skip
+    return {"samples": samples, "downscale_ratio_spacial": 1}
+
+
 def empty_fitted(model, latent: dict) -> Tensor:
     """An empty LATENT of any kind in the channels and size that the MODEL samples; any other LATENT as it is."""
     ratios = (latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))

@@ -17,6 +17,7 @@
     encoding      prompts that were encoded before
     text          a prompt through the encoders of any CLIP
     sampling      ComfyUI's samplers with EDM's schedule and noise for each image
+    cascade       a low-res image in a CONDITIONING, tiles, a super-resolution stage as a whole
 
 When ComfyUI changes, the files bridge_*.py change and nothing else does.
 """
@@ -26,13 +27,13 @@ from pathlib import Path
 import comfy.model_management
 import comfy.sd
 import comfy.utils
-import torch
 
 from ..ediffi_core.attention_maps import draw as draw_attention_maps
 from ..ediffi_core.checkpoint import check_experts, read_ensemble, read_header
 from ..ediffi_core.guidance import DROPS
 from ..ediffi_core.paint_with_words import SCALES
 from ..ediffi_core.style import FITS
+from .bridge_cascade import check_super_resolution, low_res_image, super_resolved
 from .bridge_combine import combined as combine_encoders
 from .bridge_combine import load_text_encoders
 from .bridge_conditioning import LENGTH, WORDS, Words, check_conditioning, for_experts, packed, unpacked
@@ -48,6 +49,7 @@ from .bridge_sampling import (
     SAMPLERS,
     SCHEDULERS,
     edm_sampler,
+    empty_image,
     sample,
     sampler_named,
     schedule,
@@ -77,6 +79,7 @@ __all__ = [
     "bind_colors",
     "check_conditioning",
     "check_images",
+    "check_super_resolution",
     "combine_encoders",
     "draw",
     "draw_attention_maps",
@@ -94,6 +97,7 @@ __all__ = [
     "load_encoders",
     "load_ensemble",
     "load_expert",
+    "low_res_image",
     "obey_paint",
     "packed",
     "paint",
@@ -106,6 +110,7 @@ __all__ = [
     "schedule",
     "shown",
     "shown_tokens",
+    "super_resolved",
     "timeline",
     "unpacked",
     "with_style",
@@ -137,12 +142,3 @@ def paint(clip: comfy.sd.CLIP, text: str, width: int, height: int, painting: str
     """(CONDITIONING with regions, masks, legend, report for the canvas) of a prompt and a painting on it."""
     conditioning, _ = encode_text(clip, text)
     return paint_regions(conditioning, width, height, painting)
-
-
-def empty_image(width: int, height: int, batch_size: int) -> dict:
-    """A LATENT of black-and-white's middle, 0, for `batch_size` images in pixel space."""
-    samples = torch.zeros(
-        batch_size, 3, height, width,
-        device=comfy.model_management.intermediate_device(), dtype=comfy.model_management.intermediate_dtype(),
-    )  # fmt: skip
-    return {"samples": samples, "downscale_ratio_spacial": 1}

@@ -8,7 +8,7 @@
 import { app } from "../../scripts/app.js";
 import { Told, addWidget, fit, handOn, nodeAt, on, onOutput, widgetOf } from "./under_widgets.js";
 
-const NODES = ["EDiffI_KSampler", "EDiffI_ExpertEnsemble"];
+const NODES = ["EDiffI_KSampler", "EDiffI_ExpertEnsemble", "EDiffI_SuperResolution"];
 const TYPE = "EDIFFI_TIMELINE";
 const COLORS = ["#007373", "#a596f5", "#eb8214", "#8c50c8", "#05b996", "#b93719"]; // ediffi_core/timeline.py has the same
 const [ROW, LINE] = [20, 16]; // heights in pixels

@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLIT = ((2.0, None), (0.3, 2.0), (0.0, 0.3))  # the experts of the test ensembles: high, middle and low noise
+SPLIT_SR256 = ((0.3, None), (0.0, 0.3))
 
 
 def comfy_candidates():
@@ -62,12 +63,17 @@ def pack(comfy_folder, tmp_path_factory):
     )
 
 
-def random_network(pack, seed):
+def tiny_config(pack, stage="base"):
+    return (
+        pack.core("unet").PRESETS["tiny"] if stage == "base" else pack.core("efficient_unet").PRESETS[f"tiny-{stage}"]
+    )
+
+
+def random_network(pack, seed, stage="base"):
     """A tiny network whose every layer does something, tame enough that rounding does not grow along a trajectory."""
-    unet = pack.core("unet")
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        network = unet.UNet(unet.PRESETS["tiny"])
+        network = pack.core("checkpoint").KINDS[stage].network(tiny_config(pack, stage))
         for parameter in network.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -75,28 +81,32 @@ def random_network(pack, seed):
     return network.eval().requires_grad_(False)
 
 
-def write_ensemble(pack, folder, seeds, split=SPLIT):
+def write_ensemble(pack, folder, seeds, split=SPLIT, stage="base"):
     """An ensemble of tiny random networks, one for each seed, as a folder of files."""
     checkpoint, intervals = pack.core("checkpoint"), pack.core("intervals")
     folder.mkdir(parents=True)
     experts = []
     for i, (seed, (low, high)) in enumerate(zip(seeds, split, strict=True)):
         interval = intervals.NoiseInterval(low, float("inf") if high is None else high)
-        header = checkpoint.NetworkHeader(pack.core("unet").PRESETS["tiny"], interval)
-        checkpoint.save_network(folder / f"expert{i}.safetensors", random_network(pack, seed).state_dict(), header)
+        header = checkpoint.NetworkHeader(tiny_config(pack, stage), interval, stage)
+        state = random_network(pack, seed, stage).state_dict()
+        checkpoint.save_network(folder / f"expert{i}.safetensors", state, header)
         experts.append((f"expert{i}.safetensors", interval))
-    checkpoint.write_ensemble(folder, experts)
+    checkpoint.write_ensemble(folder, experts, stage)
     return folder
 
 
 @pytest.fixture(scope="session")
 def ensembles(pack):
-    """Folders in models/ediffi: three different experts, three equal ones, and one that works everywhere."""
+    """Folders in models/ediffi: three different experts, three equal ones, one that works everywhere, and two stages of
+    super-resolution, of two experts and of one."""
     root = pack.models / "ediffi"
     return SimpleNamespace(
         different=write_ensemble(pack, root / "different", (1, 2, 3)),
         equal=write_ensemble(pack, root / "equal", (1, 1, 1)),
         single=write_ensemble(pack, root / "single", (1,), ((0.0, None),)),
+        sr256=write_ensemble(pack, root / "tiny-sr256", (4, 5), SPLIT_SR256, "sr256"),
+        sr1024=write_ensemble(pack, root / "tiny-sr1024", (6,), ((0.0, None),), "sr1024"),
     )
 
 

@@ -1,9 +1,11 @@
 """Prompts on a real server: pictures, previews, errors on the canvas, interruption."""
 
+import io
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from .conftest import ROOT
 from .random_encoders import write_encoders
@@ -165,3 +167,33 @@ def test_styles_travel_from_a_picture_to_the_sampler(server):
     assert len(result.outputs["8"]["images"]) == 2
     graph["22"]["inputs"]["start_sigma"] = 0.1
     assert "start_sigma 0.1 lies below end_sigma 0.5" in server.run(graph).error
+
+
+def test_a_cascade_of_three_stages(server):
+    """Base, 256, 1024 in tiles: pictures, previews and the strip of each stage; an error; a stop between tiles."""
+    stage = dict(
+        seed=5, steps=3, cfg=1.0, sampler_name="euler", augmentation_sigma=0.0, tile=0, overlap=8, denoise=1.0,
+        sigma_min=0.002, sigma_max=80.0, rho=7.0,
+    )  # fmt: skip
+    graph = prompt(seed=13, steps=3)
+    nodes = {
+        "20": ("EDiffI_LoadEnsemble", {"ensemble": "tiny-sr256"}),
+        "21": ("EDiffI_SuperResolution", {"model": ["20", 0], "image": ["7", 0], "positive": ["3", 0], **stage}),
+        "22": ("EDiffI_LoadEnsemble", {"ensemble": "tiny-sr1024"}),
+        "23": ("EDiffI_SuperResolution", {"model": ["22", 0], "image": ["21", 0], **stage, "tile": 96}),
+    }
+    graph |= {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}
+    graph["8"]["inputs"]["images"] = ["23", 0]
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    sizes = [Image.open(io.BytesIO(server.picture(image))).size for image in result.outputs["8"]["images"]]
+    assert sizes == [(256, 256)] * 2
+    assert result.previews >= 3 * 3
+    assert [result.outputs[node]["ediffi_timeline"][0]["plan"] for node in ("21", "23")] == [[0, 0, 1], [0, 0, 0]]
+
+    graph["21"]["inputs"]["model"] = ["1", 0]
+    assert "is no super-resolution ensemble" in server.run(graph).error
+    graph["21"]["inputs"] |= {"model": ["20", 0], "steps": 300, "tile": 32}
+    stopped = server.run(graph, interrupt_at=4)
+    assert stopped.status == "interrupted"
+    assert max(stopped.progress) < 300

@@ -27,6 +27,7 @@ def nodes(comfy_folder, pack):
         stand_ins.HERE,
         comfy_folder / "comfy_extras/nodes_wan.py",
         comfy_folder / "comfy_extras/nodes_clip_sdxl.py",
+        comfy_folder / "comfy_extras/nodes_sdupscale.py",
     ):
         assert asyncio.run(load_custom_node(str(path)))
     with torch.inference_mode():
@@ -75,6 +76,21 @@ def test_a_checkpoint_is_of_the_real_classes_and_runs(nodes, pack, name):
     assert image.shape == (1, 128, 192, 3)
     assert image.isfinite().all()
     assert image.std() > 0
+
+
+def test_the_x4_upscaler_enlarges_four_times(nodes, pack):
+    model, clip, vae = pack.stock["CheckpointLoaderSimple"]().load_checkpoint("x4-upscaler-ema.safetensors")
+    assert type(model.model).__name__ == "SD_X4Upscaler"
+    assert type(clip.cond_stage_model).__name__ == "SD2ClipModel"
+    positive, negative = (nodes("CLIPTextEncode", clip, words) for words in ("a red fox", "blurred"))
+    assert positive[0][0].shape == (1, 77, 1024)
+    picture = torch.rand(1, 24, 32, 3)
+    positive, negative, latent = (
+        pack.stock["SD_4XUpscale_Conditioning"].execute(picture, positive, negative, 4.0, 0.1).args
+    )
+    image = nodes("VAEDecode", samples=denoised(nodes, model, positive, negative, latent["samples"]), vae=vae)
+    assert image.shape == (1, 96, 128, 3)
+    assert image.isfinite().all()
 
 
 def conditions(model, conditioning, kind, shape):

@@ -217,7 +217,7 @@ def test_augmentation_0_is_the_clean_path_bit_for_bit(sr_ensemble):
     clean = conditioning.with_low_res(upsampled(images, (24, 24)), torch.zeros(2))
     x = SR_SETTINGS.sigma_max * seeded_noise(4, 2, (3, 24, 24), torch.float32)
     sigmas = karras_sigmas(SR_SETTINGS.steps, SR_SETTINGS.sigma_min, SR_SETTINGS.sigma_max)
-    expected = last_of(walked(sr_ensemble, clean, x, sigmas, "heun"))
+    expected = last_of(walked(sr_ensemble, clean, x, sigmas, SR_SETTINGS.sampler))
     assert torch.equal(last_of(upscale(images, conditioning, sr_ensemble, 4, SR_SETTINGS)), expected)
     assert not torch.equal(last_of(upscale(images, conditioning, sr_ensemble, 4, SR_SETTINGS, 0.1)), expected)
 
@@ -265,7 +265,7 @@ def test_an_enlarged_picture_in_tiles_equals_the_whole_where_the_network_is_loca
     in_tiles = last_of(upscale(images, conditioning, denoise, 1, settings, **tiles))
     whole = last_of(upscale(images, conditioning, denoise, 1, settings))
     torch.testing.assert_close(in_tiles, whole, atol=1e-4, rtol=1e-4)
-    assert heard == 3 * [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert heard == settings.steps * [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def stages_of(ensemble, sr_ensemble, **changes):

@@ -44,6 +44,11 @@ REFINER = UNET | dict(
     channel_mult=[1, 2, 4, 4], num_res_blocks=[2, 2, 2, 2], transformer_depth=[0, 0, 0, 0, 1, 1, 0, 0],
     transformer_depth_middle=1, transformer_depth_output=[0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0],
 )  # fmt: skip
+X4 = UNET | dict(
+    in_channels=7, context_dim=1024, adm_in_channels=None, num_classes=1000, use_linear_in_transformer=True,
+    channel_mult=[1, 2, 2, 4], num_res_blocks=[2, 2, 2, 2], transformer_depth=[0, 0, 0, 0, 0, 0, 1, 1],
+    transformer_depth_middle=1, transformer_depth_output=[0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1],
+)  # fmt: skip
 FLUX = dict(
     image_model="flux", guidance_embed=True, in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096,
     hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000,
@@ -83,7 +88,9 @@ def fill(weights: Weights, seed: int) -> None:
             weights[key] = tensor.to(torch.float8_e4m3fn if tensor.ndim > 1 else torch.float16)
 
 
-def checkpoint(config: type, unet: dict, channels: int = 4, **recognised_by) -> Callable[[], tuple[Weights, dict]]:
+def checkpoint(
+    config: type, unet: dict, channels: int = 4, levels: int = 4, **recognised_by
+) -> Callable[[], tuple[Weights, dict]]:
     """Network, autoencoder and text encoders in one file, as ComfyUI itself would save them."""
 
     def make():
@@ -91,7 +98,7 @@ def checkpoint(config: type, unet: dict, channels: int = 4, **recognised_by) -> 
         configured.set_inference_dtype(torch.float16, None)
         model = configured.get_model({})
         text = configured.clip_target({}).clip(dtype=torch.float16, model_options=TEXT_OPTIONS)
-        vae = comfy.ldm.models.autoencoder.AutoencoderKL(**autoencoder(channels))
+        vae = comfy.ldm.models.autoencoder.AutoencoderKL(**autoencoder(channels, levels))
         parts = (part.state_dict() for part in (model.diffusion_model, text, vae))
         return model.state_dict_for_saving(*parts), {KEY: json.dumps(recognised_by)}
 
@@ -171,6 +178,7 @@ FILES = {
     "checkpoints/sd_xl_refiner_1.0.safetensors": checkpoint(
         supported.SDXLRefiner, REFINER, model_channels=384, transformer_depth=[0, 0, 4, 4, 4, 4, 0, 0]
     ),
+    "checkpoints/x4-upscaler-ema.safetensors": checkpoint(supported.SD_X4Upscaler, X4, levels=3, model_channels=256),
     "checkpoints/flux1-dev-fp8.safetensors": checkpoint(supported.Flux, FLUX, channels=16),
     "diffusion_models/wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors": wan(16),
     "diffusion_models/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": wan(16),

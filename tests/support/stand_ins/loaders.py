@@ -89,8 +89,10 @@ def with_own_channels(function):
 def with_small_autoencoder(function):
     def change(arguments):
         if recognised_by(arguments["metadata"]) is not None:
-            channels = arguments["sd"]["decoder.conv_in.weight"].shape[1]
-            arguments["config"] = {"params": autoencoder(channels)}
+            weights = arguments["sd"]
+            channels = weights["decoder.conv_in.weight"].shape[1]
+            levels = 4 if "decoder.up.3.upsample.conv.weight" in weights else 3
+            arguments["config"] = {"params": autoencoder(channels, levels)}
 
     wrapped = wraps(function, change)
 

@@ -27,18 +27,19 @@ TEXT_OPTIONS = {
     "model_config": CLIP,  # what ComfyUI starts from when it reads the number of positions from a file
     "clip_l_model_config": CLIP,
     "clip_g_model_config": CLIP,
+    "clip_h_model_config": CLIP,
     "t5xxl_model_config": T5,
     "umt5xxl_model_config": T5,
 }
 
 
-def autoencoder(channels: int) -> dict:
-    """Arguments of the AutoencoderKL for latents of so many channels, 8 times smaller than the picture.
+def autoencoder(channels: int, levels: int = 4) -> dict:
+    """Arguments of the AutoencoderKL for latents of so many channels, 8 times smaller than the picture, or 4 at three levels.
 
     Without its attention in the middle, which alone takes ten seconds for a picture of 1024 on a processor.
     """
     levels = dict(
-        double_z=True, z_channels=channels, resolution=256, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 1, 1, 1],
+        double_z=True, z_channels=channels, resolution=256, in_channels=3, out_ch=3, ch=32, ch_mult=[1] * levels,
         num_res_blocks=0, attn_resolutions=[], dropout=0.0, attn_op=torch.nn.Identity,
     )  # fmt: skip
     return {"embed_dim": channels, "ddconfig": levels}
