@@ -20,9 +20,7 @@ class File:
 class Node:
     type: str
     widgets: dict = field(default_factory=dict)  # in the order in which they are set: a choice before what it brings
-    inputs: dict = field(
-        default_factory=dict
-    )  # input -> the node that feeds it, with its output if not the first: "vae.VAE"
+    inputs: dict = field(default_factory=dict)  # input -> what feeds it, with its output if not the first: "vae.VAE"
     title: str | None = None
     size: tuple[int, int] = (320, 0)  # at least
     files: tuple[File, ...] = ()
