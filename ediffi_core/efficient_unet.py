@@ -36,7 +36,6 @@ class EfficientUNetConfig(NetworkConfig):
     self_attention: tuple[bool, ...] = (False, False, False, True)  # after the blocks of this level?
     cross_attention: tuple[bool, ...] = (False, False, False, True)  # after the self-attention of this level?
     norm: str = "group"  # over all pixels and groups of channels; "pixel": over the channels of each pixel, ours
-    direct: bool = False  # add x and the low-res image to the output, each times a learned number of its call; ours
     residual: float = 0.0  # standard deviation of images from their low-res ones, see `around_low_res`; 0: not used
 
     def __post_init__(self) -> None:
@@ -233,14 +232,6 @@ class EfficientUNet(ConditionedNetwork):
             self.up.insert(0, UBlock(width, above, self.embedding_width, level=level, **build))
         self.conv_out = operations.Conv2d(widths[0], pixels, 1, **factory)
         self.direct = operations.Linear(self.embedding_width, 2, **factory) if config.direct else None
-
-    @torch.no_grad()
-    def initialise(self) -> "EfficientUNet":
-        super().initialise()
-        if self.direct is not None:
-            nn.init.zeros_(self.direct.weight)
-            nn.init.zeros_(self.direct.bias)
-        return self
 
     def deviation(self, conditioning: Conditioning) -> Tensor:
         """Standard deviation, (B, 1, 1, 1), of the images from low_res, which augmentation moves away from them."""

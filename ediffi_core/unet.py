@@ -35,6 +35,7 @@ class NetworkConfig:
     patch: int = 1  # fold this many pixels a side into channels before the first layer; 1 in the paper
     norm_groups: int = 32
     dropout: float = 0.0
+    direct: bool = False  # add what comes in, times learned numbers of the call, to what goes out; ours
 
     @property
     def multiple(self) -> int:
@@ -79,7 +80,6 @@ class UNetConfig(NetworkConfig):
     """The base stage's network. Image sides must be multiples of `multiple`."""
 
     attention: tuple[bool, ...] = (False, True, True, True)  # self- and cross-attention on this level?
-    direct: bool = False  # add the input, each channel times a learned number of its call, to the output; ours
     waves: int = 0  # octaves of sine waves of x and of y that the first layer also sees; ours, none in the paper
 
     def __post_init__(self) -> None:
@@ -233,7 +233,7 @@ class Block(nn.Module):
 class ConditionedNetwork(nn.Module):
     """What the networks of all stages share: how they are told the noise level and the conditioning, and how they start.
 
-    A network adds its layers, the last of which is `conv_out`, and `forward`.
+    A network adds its layers, the last of which is `conv_out`, with `direct` beside it where asked for, and `forward`.
     """
 
     def __init__(self, config: NetworkConfig, operations=nn, **factory) -> None:
@@ -266,6 +266,9 @@ class ConditionedNetwork(nn.Module):
             if isinstance(module, SelfAttention | CrossAttention):
                 nn.init.zeros_(module.out.weight)
         nn.init.zeros_(self.conv_out.weight)
+        if self.config.direct:
+            nn.init.zeros_(self.direct.weight)
+            nn.init.zeros_(self.direct.bias)
         return self
 
     @property
@@ -354,14 +357,6 @@ class UNet(ConditionedNetwork):
         self.norm_out = operations.GroupNorm(config.norm_groups, width, **factory)
         self.conv_out = operations.Conv2d(width, pixels, 3, padding=1, **factory)
         self.direct = operations.Linear(embedding_width, 2 * pixels, **factory) if config.direct else None
-
-    @torch.no_grad()
-    def initialise(self) -> "UNet":
-        super().initialise()
-        if self.direct is not None:
-            nn.init.zeros_(self.direct.weight)
-            nn.init.zeros_(self.direct.bias)
-        return self
 
     def forward(self, x: Tensor, c_noise: Tensor, conditioning: Conditioning, attend: Attend = attend) -> Tensor:
         """x: (B, 3, H, W) scaled noised images; c_noise: (B,). Returns F, (B, 3, H, W), in the dtype of x."""
