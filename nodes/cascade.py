@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from . import comfy_bridge as bridge
+from .sampling import schedule_inputs
 
 
 def augmentation_input() -> io.Input:
@@ -146,36 +147,7 @@ class SuperResolution(io.ComfyNode):
                     tooltip="Below 1 only the last part of the schedule runs, on the enlarged image: it keeps more of it and invents "
                     "less.",
                 ),
-                io.Float.Input(
-                    "sigma_min",
-                    default=0.002,
-                    min=0.00001,
-                    max=10000.0,
-                    step=0.001,
-                    round=False,
-                    advanced=True,
-                    tooltip="Lowest noise level before 0.",
-                ),
-                io.Float.Input(
-                    "sigma_max",
-                    default=80.0,
-                    min=0.00001,
-                    max=10000.0,
-                    step=0.1,
-                    round=False,
-                    advanced=True,
-                    tooltip="Highest noise level, where sampling starts.",
-                ),
-                io.Float.Input(
-                    "rho",
-                    default=7.0,
-                    min=0.1,
-                    max=100.0,
-                    step=0.1,
-                    round=False,
-                    advanced=True,
-                    tooltip="Larger spends more of the steps at low noise, on detail.",
-                ),
+                *schedule_inputs(),
             ],
             outputs=[io.Image.Output("image", tooltip="Four times as wide and as high.")],
         )

@@ -45,6 +45,37 @@ def churn_inputs(s_churn: float, limits: str = "", advanced: bool = False) -> li
     ]
 
 
+def schedule_inputs(limits: str = "") -> list[io.Input]:
+    """The ends and the curve of EDM's sigmas (EDM, Eq. 5)."""
+    shared = dict(max=10000.0, round=False, advanced=True)
+    return [
+        io.Float.Input(
+            "sigma_min",
+            default=0.002,
+            min=0.00001,
+            step=0.001,
+            tooltip="Lowest noise level before 0." + limits,
+            **shared,
+        ),
+        io.Float.Input(
+            "sigma_max",
+            default=80.0,
+            min=0.00001,
+            step=0.1,
+            tooltip="Highest noise level, where sampling starts." + limits,
+            **shared,
+        ),
+        io.Float.Input(
+            "rho",
+            default=7.0,
+            min=0.1,
+            step=0.1,
+            tooltip="Larger spends more of the steps at low noise, on detail." + limits,
+            **shared | dict(max=100.0),
+        ),
+    ]
+
+
 class EmptyImage(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -143,36 +174,7 @@ class KSampler(io.ComfyNode):
                     step=0.01,
                     tooltip="Below 1 only the last part of the schedule runs, so the given image shows through.",
                 ),
-                io.Float.Input(
-                    "sigma_min",
-                    default=0.002,
-                    min=0.00001,
-                    max=10000.0,
-                    step=0.001,
-                    round=False,
-                    advanced=True,
-                    tooltip="Lowest noise level before 0. Only for the scheduler edm.",
-                ),
-                io.Float.Input(
-                    "sigma_max",
-                    default=80.0,
-                    min=0.00001,
-                    max=10000.0,
-                    step=0.1,
-                    round=False,
-                    advanced=True,
-                    tooltip="Highest noise level, where sampling starts. Only for the scheduler edm.",
-                ),
-                io.Float.Input(
-                    "rho",
-                    default=7.0,
-                    min=0.1,
-                    max=100.0,
-                    step=0.1,
-                    round=False,
-                    advanced=True,
-                    tooltip="Larger spends more of the steps at low noise, on detail. Only for the scheduler edm.",
-                ),
+                *schedule_inputs(" Only for the scheduler edm."),
                 *churn_inputs(0.0, f" Only for {stochastic}; other samplers ignore it.", advanced=True),
             ],
             outputs=[io.Latent.Output("latent", tooltip="The sampled images, for VAE Decode.")],
