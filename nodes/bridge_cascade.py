@@ -15,7 +15,6 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
-from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ..ediffi_core.efficient_unet import EfficientUNet
@@ -25,6 +24,7 @@ from .bridge_conditioning import LENGTH
 from .bridge_painting import RECORDING, REGIONS
 from .bridge_routing import routing_of
 from .bridge_sampling import empty_image, sample
+from .bridge_timeline import executing
 
 Patcher = comfy.model_patcher.ModelPatcher
 LOW_RES = "ediffi_low_res"  # key of the conditioning dict that holds a `LowRes`
@@ -255,12 +255,6 @@ def _gigabytes(size: float) -> str:
 def say(sentence: str) -> None:
     """Into the log, and under the node that is executing, before its run begins."""
     logging.getLogger("ediffi").info("eDiff-I Super Resolution: %s", sentence)
-    context = get_executing_context()
-    try:
-        from server import PromptServer
-
-        server = PromptServer.instance
-    except (ImportError, AttributeError):  # no server runs: tests, or ComfyUI as a library
-        return
-    if context is not None and server is not None:
-        server.send_progress_text(sentence, context.node_id, server.client_id)
+    if now := executing():
+        server, node = now
+        server.send_progress_text(sentence, node, server.client_id)

@@ -89,15 +89,21 @@ def shown(timeline: Timeline) -> dict:
     return {OUTPUT: [timeline.as_dict()]}
 
 
-def announce(timeline: Timeline) -> None:
-    """Tell the canvas, before a run begins, which expert will denoise which step of the node that is executing."""
+def executing():
+    """(server, id of the node that is executing), or None where no server runs: tests, or ComfyUI as a library."""
     context = get_executing_context()
     try:
         from server import PromptServer
 
         server = PromptServer.instance
-    except (ImportError, AttributeError):  # no server runs: tests, or ComfyUI as a library
-        return
-    if context is not None and server is not None:
-        data = {"node": context.node_id, "timeline": timeline.as_dict()}
+    except (ImportError, AttributeError):
+        return None
+    return None if context is None or server is None else (server, context.node_id)
+
+
+def announce(timeline: Timeline) -> None:
+    """Tell the canvas, before a run begins, which expert will denoise which step of the node that is executing."""
+    if now := executing():
+        server, node = now
+        data = {"node": node, "timeline": timeline.as_dict()}
         server.send_sync(EVENT, data, server.client_id)
