@@ -14,7 +14,7 @@ def augmentation_input() -> io.Input:
         max=10.0,
         step=0.01,
         round=False,
-        tooltip="Noise put on the image before it is enlarged, which the network is told. 0 trusts the image as it is; more lets "
+        tooltip="Noise put on the enlarged image, whose sigma the network is told. 0 trusts the image as it is; more lets "
         "the network paint over faults of the stage before, and invent detail.",
     )
 

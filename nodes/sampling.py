@@ -14,7 +14,7 @@ def churn_inputs(s_churn: float, limits: str = "", advanced: bool = False) -> li
             default=s_churn,
             max=1000.0,
             step=0.1,
-            tooltip="Fresh noise before each step, which corrects errors of earlier steps and may blur. 0 adds none. "
+            tooltip="Fresh noise before each step, which corrects errors of earlier steps and may blur. 0 adds none."
             + limits,
             **shared,
         ),
