@@ -258,13 +258,14 @@ class Pattern:
 
     def __init__(self, picture: ndarray, region: Region, placed: Placed):
         axis = (np.arange(RESOLUTION) + 0.5) / RESOLUTION
-        u, v = np.meshgrid(axis - placed.x, axis - placed.y)
-        distance = placed.radius * shape_distance(placed.shape, u / placed.radius, v / placed.radius)
+        x, y = np.meshgrid(axis, axis)
+        u, v = (x - placed.x) / placed.radius, (y - placed.y) / placed.radius
+        distance = placed.radius * shape_distance(placed.shape, u, v)
         inside = region.mask & (distance < -0.6 / RESOLUTION)
         if inside.sum() < 12:
             inside = region.mask
 
-        self.u, self.v, self.distance = u[inside], v[inside], distance[inside]
+        self.x, self.y, self.distance = x[inside], y[inside], distance[inside]
         self.pixels = inside.sum()
         self.rim = np.stack([np.ones(self.pixels), ndtr(self.distance * RESOLUTION)], axis=1)  # as blur mixes it
 
@@ -285,13 +286,13 @@ class Pattern:
     def drawn(self, style: str) -> Iterator[ndarray]:
         if style == "outlined":
             for shift in (-0.01, 0, 0.01):
-                yield dark_share(style, self.distance + shift, self.u, self.v, RESOLUTION)
+                yield dark_share(style, self.distance + shift, self.x, self.y, RESOLUTION)
             return
         period = {"striped": STRIPE_PERIOD, "dotted": DOT_PERIOD, "hatched": HATCH_PERIOD * math.sqrt(2)}[style]
         shifts = np.arange(6) / 6 * period
-        for du in shifts if style != "striped" else (0.0,):
-            for dv in shifts:
-                yield dark_share(style, self.distance, self.u + du, self.v + dv, RESOLUTION)
+        for dx in shifts if style != "striped" else (0.0,):
+            for dy in shifts:
+                yield dark_share(style, self.distance, self.x + dx, self.y + dy, RESOLUTION)
 
 
 def without(basis: ndarray, values: ndarray) -> ndarray:

@@ -2,6 +2,8 @@
 
 A pixel is the average of the continuous scene over its square, so a small picture equals the area-downsampled large
 one: edges through signed distances (negative inside), waves through their exact average (a sinc per axis).
+The patterns of styles lie on the whole picture, as on printed paper, and objects show their part of it. Patterns that moved
+with each object took a small network several times as long to learn.
 What lies beyond 32 cycles per image (paper, weave, the ink line) shows at 256 and 1024 only.
 """
 
@@ -14,10 +16,10 @@ from .world import BACKGROUNDS, COLORS, REACH, Scene, SceneObject
 
 SHADE = 0.5  # brightness of the dark parts of a style, relative to the object's colour
 
-STRIPE_PERIOD = 0.084
-DOT_PERIOD = 0.088
+STRIPE_PERIOD = 1 / 12
+DOT_PERIOD = 1 / 12
 DOT_RADIUS = 0.027
-HATCH_PERIOD = 0.092
+HATCH_PERIOD = 1 / math.sqrt(128)  # across the lines; 8 along each side of the picture
 HATCH_WIDTH = 0.026
 OUTLINE_WIDTH = 0.034
 GRAIN_BAND = (10.0, 18.0)  # cycles per image
@@ -81,17 +83,17 @@ def line_share(offset: ndarray, period: float, width: float, resolution: int) ->
     return coverage(from_line - width / 2, resolution) - coverage(from_line + width / 2, resolution)
 
 
-def dark_share(style: str, distance: ndarray, u: ndarray, v: ndarray, resolution: int) -> ndarray | float:
-    """Share of a pixel that a style darkens; u, v are offsets from the object's position, in image sides."""
+def dark_share(style: str, distance: ndarray, x: ndarray, y: ndarray, resolution: int) -> ndarray | float:
+    """Share of a pixel that a style darkens. x, y: in the picture; distance: to the object's edge; all in image sides."""
     if style == "flat":
         return 0.0
     if style == "striped":
-        return np.broadcast_to(line_share(v, STRIPE_PERIOD, STRIPE_PERIOD / 2, resolution), distance.shape)
+        return np.broadcast_to(line_share(y, STRIPE_PERIOD, STRIPE_PERIOD / 2, resolution), distance.shape)
     if style == "dotted":
-        u, v = ((w + DOT_PERIOD / 2) % DOT_PERIOD - DOT_PERIOD / 2 for w in (u, v))
-        return coverage(np.hypot(u, v) - DOT_RADIUS, resolution)
+        x, y = (w % DOT_PERIOD - DOT_PERIOD / 2 for w in (x, y))
+        return coverage(np.hypot(x, y) - DOT_RADIUS, resolution)
     if style == "hatched":
-        falling, rising = (u + v) / math.sqrt(2), (u - v) / math.sqrt(2)
+        falling, rising = (x + y) / math.sqrt(2), (x - y) / math.sqrt(2)
         light = 1.0
         for offset in (falling, rising):
             light = light * (1 - line_share(offset, HATCH_PERIOD, HATCH_WIDTH, resolution))
@@ -153,7 +155,7 @@ def paint(image: ndarray, corner: tuple[int, int], resolution: int, item: SceneO
     ink = inside - coverage(distance + INK_WIDTH, resolution)
 
     if grain is None:
-        dark = dark_share(style, distance, u, v, resolution)
+        dark = dark_share(style, distance, x[None, :], y[:, None], resolution)
     else:
         dark = np.clip(0.5 + 0.5 * grain.sample(x, y, resolution), 0, 1)
     shade = 1 - (1 - SHADE) * dark + weave(u[0], v[:, 0], resolution)
