@@ -79,7 +79,7 @@ class EfficientUNetConfig(NetworkConfig):
         return reach
 
 
-DEMO_WIDTHS = dict(context_width=128, clip_width=128, pooled_width=128, t5_width=128, image_width=128)
+DEMO_WIDTHS = dict(embedding_mult=2, context_width=128, clip_width=128, pooled_width=128, t5_width=128, image_width=128)
 TINY_WIDTHS = dict(context_width=16, clip_width=12, pooled_width=10, t5_width=14, image_width=10)
 
 # The paper's Tables 3 and 4 are in no text we could read; the "paper" presets follow recollections of them.
@@ -89,7 +89,7 @@ PRESETS = {
     "demo-sr256": EfficientUNetConfig(
         channels=64,
         channel_mult=(1, 2, 2),
-        blocks=(2, 2, 3),
+        blocks=(2, 2, 2),
         self_attention=(False, False, True),
         cross_attention=(False, False, True),
         head_channels=32,
@@ -100,7 +100,7 @@ PRESETS = {
     "demo-sr1024": EfficientUNetConfig(
         channels=64,
         channel_mult=(1, 2, 2),
-        blocks=(2, 2, 2),
+        blocks=(2, 2, 1),
         self_attention=(False, False, False),
         cross_attention=(False, False, True),
         head_channels=32,

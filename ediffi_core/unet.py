@@ -26,6 +26,7 @@ class NetworkConfig:
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)  # one entry per level
     blocks: tuple[int, ...] = (3, 3, 3, 3)  # residual blocks per level
     head_channels: int = 64
+    embedding_mult: int = 4  # the global embedding is so many times as wide as `channels`
     context_width: int = 1024  # all tokens are projected to this width
     clip_width: int = 768  # CLIP text tokens
     pooled_width: int = 768  # pooled CLIP text
@@ -35,6 +36,7 @@ class NetworkConfig:
     patch: int = 1  # fold this many pixels a side into channels before the first layer; 1 in the paper
     norm_groups: int = 32
     dropout: float = 0.0
+    t5_mean: bool = False  # the mean of T5's tokens joins the global embedding, as in Imagen; not in eDiff-I
     direct: bool = False  # add what comes in, times learned numbers of the call, to what goes out; ours
 
     @property
@@ -103,6 +105,7 @@ PRESETS = {
         blocks=(1, 2),
         attention=(True, True),
         head_channels=32,
+        embedding_mult=2,
         context_width=128,
         clip_width=128,
         pooled_width=128,
@@ -239,11 +242,18 @@ class ConditionedNetwork(nn.Module):
     def __init__(self, config: NetworkConfig, operations=nn, **factory) -> None:
         super().__init__()
         self.config = config
-        self.embedding_width = 4 * config.channels
+        self.embedding_width = config.embedding_mult * config.channels
 
         self.noise = NoiseEmbedding(config.channels, self.embedding_width, operations, **factory)
         self.pooled = EmbeddingProjection(config.pooled_width, self.embedding_width, operations, **factory)
         self.style = EmbeddingProjection(config.image_width, self.embedding_width, operations, **factory)
+
+        mean = (
+            EmbeddingProjection(config.t5_width, self.embedding_width, operations, **factory)
+            if config.t5_mean
+            else None
+        )
+        self.t5_mean = mean
 
         self.clip = EmbeddingProjection(config.clip_width, config.context_width, operations, **factory)
         self.t5 = EmbeddingProjection(config.t5_width, config.context_width, operations, **factory)
@@ -266,6 +276,8 @@ class ConditionedNetwork(nn.Module):
             if isinstance(module, SelfAttention | CrossAttention):
                 nn.init.zeros_(module.out.weight)
         nn.init.zeros_(self.conv_out.weight)
+        if self.t5_mean is not None:
+            nn.init.zeros_(self.t5_mean.linear.weight)
         if self.config.direct:
             nn.init.zeros_(self.direct.weight)
             nn.init.zeros_(self.direct.bias)
@@ -285,7 +297,11 @@ class ConditionedNetwork(nn.Module):
         image = conditioning.image.to(dtype)
         style, absent = self.style(image), self.style(torch.zeros_like(image))
         style = torch.lerp(absent, style, conditioning.image_strength.to(style.dtype)[:, None])  # exact at 0 and at 1
-        return self.noise(c_noise, dtype) + pooled + style
+        whole = self.noise(c_noise, dtype) + pooled + style
+        if self.t5_mean is None:
+            return whole
+        tokens, mask = conditioning.t5_tokens.to(dtype), conditioning.t5_mask.to(dtype)[:, :, None]
+        return whole + self.t5_mean((tokens * mask).sum(1) / mask.sum(1).clamp(min=1))
 
     def context(self, conditioning: Conditioning, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Tokens for cross-attention, (B, L, E), and the bias that hides absent ones, (B, 1, 1, L).

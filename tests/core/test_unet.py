@@ -206,3 +206,15 @@ def test_the_input_may_join_the_output_directly():
         torch.cat([torch.full((12,), -1.0), torch.full((12,), 2.0)])
     )  # none of h, twice the input
     assert torch.allclose(network(x, c_noise, conditioning), 2 * x, atol=1e-6)
+
+
+def test_the_mean_of_the_present_t5_tokens_may_join_the_global_embedding(conditioning):
+    network = tiny_network(t5_mean=True)
+    without = dataclasses.replace(conditioning, t5_mask=torch.zeros_like(conditioning.t5_mask))
+    seen, unseen = (network.embedding(C_NOISE, one, torch.float32) for one in (conditioning, without))
+    for row in range(2):
+        tokens = conditioning.t5_tokens[row, conditioning.t5_mask[row]]
+        mean = sum(tokens) / len(tokens)
+        difference = network.t5_mean(mean) - network.t5_mean(torch.zeros_like(mean))
+        torch.testing.assert_close(seen[row] - unseen[row], difference, atol=1e-5, rtol=1e-5)
+    assert UNet(TINY).t5_mean is None
