@@ -32,6 +32,7 @@ ROOT = Path(__file__).absolute().parent  # not resolved: a linked pack still lie
 WORKFLOWS = ROOT / "example_workflows"
 FIRST_WORKFLOW = WORKFLOWS / "01 Text to image.json"
 POLL_SECONDS = 0.5
+BROWSER_TESTS = "tests/browser"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -223,9 +224,8 @@ def test(options: argparse.Namespace) -> int:
     ruff = environment.program("ruff")
     failed = []
     with tempfile.TemporaryDirectory(prefix="ediffi-test-") as folder:
-        report = Path(folder) / "pytest.xml"
         # The program and not `python -m pytest`, which would put this folder, and so `nodes/`, in front of ComfyUI's `nodes`.
-        pytest = [environment.program("pytest"), f"--junitxml={report}", *options.pytest]
+        pytest = environment.program("pytest")
         javascript, why_not = javascript_tests()
         if why_not:
             not_run[f"tests/web: {why_not}"] += 1
@@ -233,21 +233,47 @@ def test(options: argparse.Namespace) -> int:
         steps = {
             "ruff check": [ruff, "check", "."],
             "ruff format": [ruff, "format", "--check", "."],
-            "pytest": pytest,
+            "pytest": [pytest, f"--junitxml={folder}/pytest.xml", *options.pytest],
             "node --test": javascript,
         }
-        for name, command in steps.items():
-            if command:
-                print(f"\n== {name}", flush=True)
-                if subprocess.run(command, cwd=ROOT, env=variables).returncode:
-                    failed.append(name)
-        not_run.update(skipped(report))
+        with contextlib.ExitStack() as stack:
+            if comfyui and not options.pytest:  # a browser mostly waits, so its tests run beside all others
+                steps["pytest"] += [f"--ignore={BROWSER_TESTS}"]
+                report = f"--junitxml={folder}/browser.xml"
+                beside = stack.enter_context(beside_others([pytest, report, BROWSER_TESTS], variables))
+                steps[f"pytest {BROWSER_TESTS}"] = beside
+            for name, command in steps.items():
+                if command:
+                    print(f"\n== {name}", flush=True)
+                    if command() if callable(command) else subprocess.run(command, cwd=ROOT, env=variables).returncode:
+                        failed.append(name)
+        for report in Path(folder).glob("*.xml"):
+            not_run.update(skipped(report))
 
     print(f"\n== {duration(time.monotonic() - started)} altogether")
     for what, count in not_run.items():
         print(f"not run: {f'{count} x ' if count > 1 else ''}{what}")
     print(f"FAILED: {', '.join(failed)}" if failed else "Everything that ran passed.")
     return 1 if failed else 0
+
+
+@contextlib.contextmanager
+def beside_others(command: list, variables: dict[str, str]):
+    """Starts a command; what this gives waits for it, prints what it printed, and returns its exit status."""
+    with tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=printed, stderr=subprocess.STDOUT)
+
+        def finish() -> int:
+            status = process.wait()
+            printed.seek(0)
+            print(printed.read().decode(errors="replace"), flush=True)
+            return status
+
+        try:
+            yield finish
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def javascript_tests() -> tuple[list, str]:

@@ -611,6 +611,24 @@ def test_ctrl_c_ends_the_server_too(run_demo, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("ediffi-demo-*"))
 
 
+def test_a_command_runs_beside_others_and_says_its_part_in_the_end(capfd):
+    code = "import os, sys; print('said by ' + os.environ['WHO'], flush=True); sys.exit(3)"
+    with dev.beside_others([sys.executable, "-c", code], {**os.environ, "WHO": "the command"}) as finish:
+        print("meanwhile")
+        assert finish() == 3
+    assert capfd.readouterr().out.split("\n")[:2] == ["meanwhile", "said by the command"]
+
+
+def test_a_command_beside_others_ends_with_them():
+    began = time.monotonic()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        dev.beside_others([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ)),
+    ):
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 30
+
+
 def test_skipped_tests_are_counted_by_reason(tmp_path):
     report = tmp_path / "report.xml"
     cases = "".join(f'<testcase><skipped message="{why}"/></testcase>' for why in ("no GPU", "no ComfyUI", "no GPU"))
