@@ -1,10 +1,13 @@
-"""The `ediffi` command: generate, upscale, prepare, train, evaluate, inspect."""
+"""The `ediffi` command."""
 
 import argparse
 import json
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from .pipeline import DEFAULTS, OVERLAP, SR_DEFAULTS, Settings
@@ -13,9 +16,21 @@ from .style import FITS
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 ENSEMBLES, ENCODERS = DEMO / "ensembles", DEMO / "encoders"
 SR_STAGES = {64: (), 256: ("sr256",), 1024: ("sr256", "sr1024")}  # that follow the base stage for pictures of this size
+SAMPLE_STEPS = 10  # at most, of the pictures that are drawn while training
+
+
+ELSEWHERE = {  # commands whose options are their module's
+    "branch": ("training.branching", "grow experts from a Stable Diffusion 1.5 or SDXL that you have"),
+    "curves": ("evaluation.curves", "FID and CLIP score over guidance"),
+    "reproduce": ("evaluation.reproduce", "figures 3 and 4 of the paper, by your ensemble"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in ELSEWHERE:
+        module, _ = ELSEWHERE[arguments[0]]
+        return import_module(f"{__package__}.{module}").main(arguments[1:])
     options = parser().parse_args(arguments)
     try:
         options.run(options)
@@ -64,17 +79,37 @@ def parser() -> argparse.ArgumentParser:
     )
     one.set_defaults(run=upscale_picture)
 
-    one = commands.add_parser("prepare", help="render and encode the training pairs of a recipe")
+    one = commands.add_parser(
+        "prepare", help="encode the training pairs of a recipe, rendered or from your own tar files"
+    )
     _training_options(one)
     one.add_argument("--worker", type=int, default=0)
     one.add_argument("--workers", type=int, default=1, help="processes that share the work, started by you")
+    one.add_argument("--device", default="cpu", help="where the encoders run (cpu)")
+    one.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="of the encoders (float32)"
+    )
+    one.add_argument(
+        "--batch", type=int, metavar="N", help="pairs that are encoded at once (256 rendered, 64 of your own)"
+    )
+    one.add_argument("--plot", action="store_true", help="also draw histograms of the scores of your own pictures")
+    one.add_argument("--allow-pipe", action="store_true", help="run the commands that the recipe names as shards")
     one.set_defaults(run=prepare)
 
     one = commands.add_parser("train", help="train the networks of a recipe, or continue")
     _training_options(one)
     one.add_argument("--node", help="one network only; all in order if left out")
     one.add_argument("--save-every", type=int, default=250, metavar="STEPS")
-    one.add_argument("--device", default="cpu")
+    one.add_argument("--log-every", type=int, default=50, metavar="STEPS")
+    one.add_argument("--device", help="cpu if left out; `accelerate launch` chooses by itself")
+    one.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="take each batch in N parts, to need less memory (1)"
+    )
+    one.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="also draw curves for TensorBoard here")
+    one.add_argument(
+        "--samples", type=int, metavar="STEPS", help="draw pictures of a few captions every so many steps; base stage"
+    )
+    one.add_argument("--captions", type=Path, metavar="captions.txt", help="those of --samples, one in a line")
     one.add_argument("--export", type=Path, metavar="FOLDER", help="write the finished ensemble here")
     one.set_defaults(run=train)
 
@@ -88,6 +123,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, metavar="scores.json")
     one.add_argument("--sheet", type=Path, metavar="sheet.png", help="also write a sheet of the first pictures")
     one.set_defaults(run=evaluate)
+
+    for name, (_, says) in ELSEWHERE.items():
+        commands.add_parser(name, help=says, add_help=False)
 
     one = commands.add_parser("inspect", help="say what network files and ensembles hold")
     one.add_argument("files", nargs="+", type=Path)
@@ -305,16 +343,53 @@ def prepare(options: argparse.Namespace) -> None:
     import torch
 
     from .encoders import load_encoders
-    from .training.pairs import write_shards
+    from .training.pairs import check_widths, write_shards
     from .training.recipe import read_recipe
 
     if options.threads:
         torch.set_num_threads(options.threads)
     recipe = read_recipe(options.recipe)
-    encoders = load_encoders(found(recipe.data.encoders, ENCODERS))
+    if options.plot and recipe.data.shards is None:
+        raise ValueError(f"--plot draws the scores of your own pictures, and {options.recipe} names no shards.")
+    encoders = load_encoders(found(recipe.data.encoders, ENCODERS), options.device, getattr(torch, options.precision))
+    widths = {"clip_width": encoders.clip_width, "t5_width": encoders.t5_width}
+    widths |= {"pooled_width": encoders.image_width, "image_width": encoders.image_width}
+    check_widths(widths, recipe.network, f"The encoders {recipe.data.encoders!r}")
     folder = options.folder / f"{recipe.name}-pairs"
-    for done, total in write_shards(folder, encoders, recipe.data, worker=options.worker, workers=options.workers):
+    chosen = {"worker": options.worker, "workers": options.workers}
+    chosen |= {"batch": options.batch} if options.batch else {}
+    if recipe.data.shards is not None:
+        _prepare_own(options, folder, encoders, recipe.data, chosen)
+        return
+    for done, total in write_shards(folder, encoders, recipe.data, **chosen):
         print(f"{done} of {total} pairs", flush=True)
+
+
+def _prepare_own(options: argparse.Namespace, folder: Path, encoders, data, chosen: dict[str, int]) -> None:
+    """From tar files, with a report of what was left out."""
+    from .training.filters import plot_scores
+    from .training.webdata import write_report, write_web_shards
+
+    failed = []
+    for progress in write_web_shards(folder, encoders, data, **chosen, allow_pipe=options.allow_pipe):
+        line = f"{progress.shard} of {progress.shards}, {progress.name}: {progress.report.kept} pairs of "
+        print(f"{line}{progress.report.samples} samples", flush=True)
+        if progress.failure:
+            failed.append(progress.name)
+            print(f"ediffi: {progress.name} could not be read: {progress.failure}", file=sys.stderr, flush=True)
+    report, unfinished = write_report(folder, data, options.worker, options.allow_pipe)
+    print(f"{report.kept} pairs of {report.samples} samples are in {folder}")
+    for reason, count in report.skipped.most_common():
+        print(f"  left out {count}: {reason}, such as {report.examples[reason]}")
+    if options.plot:
+        plot_scores(folder / "scores.png", report.scores, data)
+        print(folder / "scores.png")
+    if failed:
+        raise ValueError(
+            f"{len(failed)} tar files could not be read, {failed[0]} the first. Run it again: what is done is kept."
+        )
+    if unfinished:
+        print(f"{len(unfinished)} tar files of other workers are not finished, {unfinished[0]} the first")
 
 
 def train(options: argparse.Namespace) -> None:
@@ -322,44 +397,94 @@ def train(options: argparse.Namespace) -> None:
 
     from .training.pairs import read_shards
     from .training.recipe import read_recipe
-    from .training.trainer import Trainer, export
+    from .training.trainer import Trainer, engine_of, export
 
     if options.threads:
         torch.set_num_threads(options.threads)
     recipe = read_recipe(options.recipe)
-    pairs = read_shards(options.folder / f"{recipe.name}-pairs")
+    engine = engine_of(options.device)
+    samples = _samples(recipe, options) if options.samples and engine.rank == 0 else None
+    pairs = read_shards(options.folder / f"{recipe.name}-pairs", recipe.network)
     folder = options.folder / recipe.name
-    for node in [recipe.node(options.node)] if options.node else recipe.nodes:
-        trainer = Trainer(recipe, node, pairs, folder, options.device)
-        _run(trainer, options.save_every)
-    if options.export:
+    with _signals() as caught:
+        for node in [recipe.node(options.node)] if options.node else recipe.nodes:
+            trainer = Trainer(recipe, node, pairs, folder, engine=engine, accumulate=options.accumulate)
+            if stopped := _run(trainer, options, samples, caught):
+                engine.close()
+                raise SystemExit(128 + stopped)
+    if options.export and engine.rank == 0:
         export(recipe, folder, options.export)
+    engine.close()
 
 
-def _run(trainer, save_every: int) -> None:
-    """Drive a trainer with a line of progress, a log of losses, and checkpoints."""
-    started, first, smooth = time.monotonic(), trainer.step, None
-    trainer.folder.mkdir(parents=True, exist_ok=True)
-    if first >= trainer.node.steps:
-        print(f"{trainer.node.name}: already finished at step {first}", flush=True)
-        return
-    with open(trainer.folder / f"{trainer.node.name}.log.jsonl", "a", encoding="utf-8") as log:
-        try:
-            for progress in trainer.train():
-                smooth = progress.loss if smooth is None else smooth + 0.02 * (progress.loss - smooth)
-                spent = time.monotonic() - started
-                left = spent / (progress.step - first) * (progress.steps - progress.step)
-                line = f"{trainer.node.name} {progress.step}/{progress.steps} loss {smooth:.4f}"
-                if sys.stdout.isatty():
-                    print(f"\r{line}, {left / 60:.0f} min left ", end="", flush=True)
-                if progress.step % 50 == 0:
-                    print(json.dumps({**progress._asdict(), "smooth": smooth, "seconds": spent}), file=log, flush=True)
-                    if not sys.stdout.isatty():
-                        print(f"{line}, {left / 60:.0f} min left", flush=True)
-                if progress.step % save_every == 0 and progress.step < progress.steps:
-                    trainer.save()
-        finally:
-            trainer.save()
+@contextmanager
+def _signals():
+    """A list that SIGTERM and SIGINT are put in, for a loop to see between two steps. A second SIGINT interrupts it."""
+    caught = []
+
+    def note(number, frame):
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _samples(recipe, options: argparse.Namespace):
+    """What --samples draws: the captions of --captions, or a few of Shapeworld."""
+    from .encoders import load_encoders
+    from .evaluation.reading import unseen_captions
+    from .pipeline import conditioning_of
+    from .training.logs import Samples
+
+    if recipe.stage != "base":
+        raise ValueError(f"--samples draws from noise, as the base stage does; {recipe.name} is of {recipe.stage}.")
+    if options.captions is None:
+        captions = [one.text for one in unseen_captions(8)]
+    else:
+        lines = options.captions.read_text(encoding="utf-8").splitlines()
+        captions = [line.strip() for line in lines if line.strip()]
+    encoders = load_encoders(found(recipe.data.encoders, ENCODERS))
+    known = {name: value for name, value in recipe.sampler.items() if name in Settings._fields}
+    settings = DEFAULTS._replace(**known)
+    settings = settings._replace(steps=min(settings.steps, SAMPLE_STEPS))
+    side = recipe.data.resolution
+    return Samples(captions, conditioning_of(captions, encoders), settings, (side, side))
+
+
+def _run(trainer, options: argparse.Namespace, samples, caught: list[int]) -> int | None:
+    """Drive a trainer with its journal, checkpoints and samples. Returns the signal that stopped it, if one did."""
+    import torch
+
+    from .training.logs import Journal
+
+    engine, node = trainer.engine, trainer.node.name
+    if trainer.step >= trainer.node.steps:
+        if engine.rank == 0:
+            print(f"{node}: already finished at step {trainer.step}", flush=True)
+        return None
+    with Journal(trainer, options.log_every, options.tensorboard) as journal:
+        for progress in trainer.train():
+            journal.note(progress)
+            step, finished = progress.step, progress.step == progress.steps
+            stop = engine.mean(torch.tensor([float(bool(caught))])).item() > 0  # a signal may reach one process alone
+            if stop or finished or step % options.save_every == 0:
+                trainer.save()
+            if samples and (finished or step % options.samples == 0):
+                journal.picture(samples.write(trainer), step)
+            if stop:
+                by = signal.Signals(caught[0] if caught else signal.SIGTERM)
+                journal.say(
+                    f"{node}: stopped by {by.name} at step {step} of {progress.steps}, which is saved in {trainer.folder}. "
+                    f"The same command continues."
+                )
+                return by.value
+    return None
 
 
 def evaluate(options: argparse.Namespace) -> None:

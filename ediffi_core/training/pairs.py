@@ -2,20 +2,20 @@
 
 A shard is a safetensors file of a few thousand pairs. Tokens of all captions lie end to end, (tokens, E) float16, with
 the length of each beside them, so padding is not stored. Pictures are (n, H, W, 3) uint8. Beside each lies the number of
-its style.
+its style. Shards are read where they lie: the system keeps in memory what is used often, as far as there is room.
 """
 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +25,13 @@ from .recipe import Data
 
 SHARD = 2048  # pairs per file
 TOKENS = ("clip", "t5")
+NAMES = (
+    "pictures",
+    "styles",
+    "clip_pooled",
+    "image",
+    *(f"{name}_{of}" for name in TOKENS for of in ("tokens", "lengths")),
+)
 VIEW = 64  # pixels a side of a whole picture of which only a window is kept
 
 
@@ -65,6 +72,21 @@ def write_shards(
     Shards that are already there are kept, so an interrupted run continues; other settings are refused. Of several
     workers, each writes every `workers`-th shard.
     """
+    folder = claimed(folder, data)
+    count = data.pairs
+    for shard in range(worker, math.ceil(count / SHARD), workers):
+        start = shard * SHARD
+        path = folder / f"pairs-{shard:05d}.safetensors"
+        size = min(SHARD, count - start)
+        if not is_whole(path):
+            pictures, wholes, styles, captions = shapeworld_pairs(data, shard, size)
+            tensors = {"pictures": pictures, "styles": styles}
+            write_shard(path, tensors | embedded(encoders, wholes, [c.text for c in captions], batch), worker)
+        yield start + size, count
+
+
+def claimed(folder: str | Path, data: Data) -> Path:
+    """The folder for the pairs of `data`, made if need be. Raises ValueError where it holds pairs of other settings."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings = asdict(data.prepared)
@@ -75,46 +97,78 @@ def write_shards(
             f"{json.dumps(settings)}. Choose another folder or remove the old one."
         )
     described.write_text(json.dumps(settings))
-    count = data.pairs
-    for shard in range(worker, math.ceil(count / SHARD), workers):
-        start = shard * SHARD
-        path = folder / f"pairs-{shard:05d}.safetensors"
-        size = min(SHARD, count - start)
-        if not path.is_file():
-            pictures, wholes, styles, captions = shapeworld_pairs(data, shard, size)
-            embedded = _embedded(encoders, wholes, [c.text for c in captions], batch)
-            save_file(
-                {"pictures": pictures, "styles": styles, **embedded},
-                path.with_suffix(f".partial{worker}"),
-            )
-            os.replace(path.with_suffix(f".partial{worker}"), path)
-        yield start + size, count
+    return folder
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor], worker: int, metadata: dict[str, str] | None = None) -> None:
+    """Written whole or not at all."""
+    partial = path.with_suffix(f".partial{worker}")
+    save_file(tensors, partial, metadata)
+    os.replace(partial, path)
+
+
+def is_whole(path: Path) -> bool:
+    """Is there a shard, as long as its header says?"""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (FileNotFoundError, SafetensorError):
+        return False
 
 
 @torch.inference_mode()
-def _embedded(encoders, pictures: Tensor, texts: list[str], batch: int) -> dict[str, Tensor]:
+def embedded(encoders, pictures: Tensor, texts: list[str], batch: int) -> dict[str, Tensor]:
+    """What a shard holds beside its pictures and styles, of whole pictures (n, H, W, 3) uint8 and their captions."""
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(texts), batch):
         text = encoders.encode_text(texts[start : start + batch])
         images = pictures[start : start + batch].permute(0, 3, 1, 2) / 127.5 - 1
         for name in TOKENS:
             tokens, mask = getattr(text, f"{name}_tokens"), getattr(text, f"{name}_mask")
-            parts.setdefault(f"{name}_tokens", []).append(tokens[mask].half())
-            parts.setdefault(f"{name}_lengths", []).append(mask.sum(1))
-        parts.setdefault("clip_pooled", []).append(text.clip_pooled.half())
-        parts.setdefault("image", []).append(encoders.encode_image(images).half())
+            parts.setdefault(f"{name}_tokens", []).append(tokens[mask].half().cpu())
+            parts.setdefault(f"{name}_lengths", []).append(mask.sum(1).cpu())
+        parts.setdefault("clip_pooled", []).append(text.clip_pooled.half().cpu())
+        parts.setdefault("image", []).append(encoders.encode_image(images).half().cpu())
     return {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+
+
+class Joined:
+    """Tensors end to end that stay where they are, in as many files: only the rows that are asked for are read."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = parts
+        self.ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+        self.starts = self.ends - torch.tensor([len(part) for part in parts])
+        self.dtype = parts[0].dtype
+        self.shape = torch.Size((int(self.ends[-1]), *parts[0].shape[1:]))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Tensor | int) -> Tensor:
+        """As of a tensor. rows: numbers of rows from 0 on, int64 of any shape, (...); returns (..., *shape[1:])."""
+        if isinstance(rows, int):
+            part = int(torch.bucketize(rows, self.ends, right=True))
+            return self.parts[part][rows - int(self.starts[part])]
+        wanted = rows.reshape(-1)
+        of = torch.bucketize(wanted, self.ends, right=True)
+        order = of.argsort()
+        parts, counts = of[order].unique_consecutive(return_counts=True)
+        taken = torch.empty((len(wanted), *self.shape[1:]), dtype=self.dtype)
+        for part, places in zip(parts.tolist(), order.split(counts.tolist()), strict=True):
+            taken[places] = self.parts[part][wanted[places] - self.starts[part]]
+        return taken.view(*rows.shape, *self.shape[1:])
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """All pairs of a folder in memory."""
+    """All pairs of a folder. What is large is read from the files when it is asked for."""
 
-    pictures: Tensor  # (n, H, W, 3) uint8
-    tokens: dict[str, Tensor]  # per encoder: (tokens, E) float16, captions end to end
-    starts: dict[str, Tensor]  # per encoder: (n + 1,) where each caption's tokens begin
-    clip_pooled: Tensor  # (n, E)
-    image: Tensor  # (n, E)
+    pictures: Tensor | Joined  # (n, H, W, 3) uint8
+    tokens: Mapping[str, Tensor | Joined]  # per encoder: (tokens, E) float16, captions end to end
+    starts: Mapping[str, Tensor]  # per encoder: (n + 1,) where each caption's tokens begin
+    clip_pooled: Tensor | Joined  # (n, E)
+    image: Tensor | Joined  # (n, E)
     styles: Tensor  # (n,) uint8: pictures with the same number look alike
 
     @cached_property
@@ -154,7 +208,7 @@ class Pairs:
         tops, lefts = (FACTOR * torch.randint(most, (len(rows),), generator=generator) for most in places)
         return torch.stack(
             [
-                self.pictures[row, top : top + side, left : left + side]
+                self.pictures[row][top : top + side, left : left + side]
                 for row, top, left in zip(rows.tolist(), tops.tolist(), lefts.tolist(), strict=True)
             ]
         )
@@ -182,23 +236,69 @@ class Pairs:
         return self.tokens[name][where].float() * mask[:, :, None], mask
 
 
-def read_shards(folder: str | Path) -> Pairs:
-    """Load all shards of a folder. Raises FileNotFoundError where there are none."""
+def read_shards(folder: str | Path, network=None) -> Pairs:
+    """The pairs of all shards of a folder, read where they lie.
+
+    network: the configuration of the one to train, whose widths the embeddings must have.
+    Raises FileNotFoundError where there are no shards, and ValueError naming one that is cut short or made with other
+    encoders than the first, or than `network` is for.
+    """
     paths = sorted(Path(folder).glob("pairs-*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"There are no training pairs in {folder}. Prepare them first: ediffi prepare RECIPE.")
-    parts: dict[str, list[Tensor]] = {}
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                parts.setdefault(name, []).append(file.get_tensor(name))
-    whole = {name: torch.cat(tensors) for name, tensors in parts.items()}
-    ends = {name: whole[f"{name}_lengths"].cumsum(0) for name in TOKENS}
+    shards = [_opened(path) for path in paths]
+    first = _widths(shards[0])
+    if network is not None:
+        check_widths({name: width for name, width in first.items() if name != "picture"}, network, f"{paths[0]}")
+    for path, shard in zip(paths, shards, strict=True):
+        if (widths := _widths(shard)) != first:
+            raise ValueError(
+                f"{path} holds {_listed(widths)}, but {paths[0].name} beside it {_listed(first)}: they were made with "
+                f"different encoders or settings. Remove those of the wrong ones and run ediffi prepare again."
+            )
+    lengths = {name: torch.cat([shard[f"{name}_lengths"] for shard in shards]) for name in TOKENS}
     return Pairs(
-        pictures=whole["pictures"],
-        tokens={name: whole[f"{name}_tokens"] for name in TOKENS},
-        starts={name: torch.cat([ends[name].new_zeros(1), ends[name]]) for name in TOKENS},
-        clip_pooled=whole["clip_pooled"],
-        image=whole["image"],
-        styles=whole["styles"],
+        pictures=Joined([shard["pictures"] for shard in shards]),
+        tokens={name: Joined([shard[f"{name}_tokens"] for shard in shards]) for name in TOKENS},
+        starts={name: torch.cat([of.new_zeros(1), of.cumsum(0)]) for name, of in lengths.items()},
+        clip_pooled=Joined([shard["clip_pooled"] for shard in shards]),
+        image=Joined([shard["image"] for shard in shards]),
+        styles=torch.cat([shard["styles"] for shard in shards]),
     )
+
+
+def check_widths(widths: Mapping[str, int], network, of: str) -> None:
+    """Raises ValueError unless embeddings of these widths, by name of the network's setting, are what it takes."""
+    wanted = {name: getattr(network, name) for name in widths}
+    if wanted != dict(widths):
+        raise ValueError(
+            f"{of}: embeddings of {_listed(widths)}, where the recipe's network takes {_listed(wanted)}. They come from "
+            f"other encoders than the network is for. Set the widths in [network] to those of the encoders, or name other "
+            f"encoders in [data] and run ediffi prepare into another folder."
+        )
+
+
+def _opened(path: Path) -> dict[str, Tensor]:
+    """The tensors of a shard, mapped into memory but not read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in NAMES}
+    except SafetensorError as error:
+        raise ValueError(
+            f"The prepared shard {path} cannot be read ({error}): it was cut short or is no shard. Run ediffi prepare again, "
+            f"which makes it anew, or remove it to train without its pairs."
+        ) from error
+
+
+def _widths(shard: dict[str, Tensor]) -> dict[str, int]:
+    names = {
+        "clip_tokens": "clip_width",
+        "t5_tokens": "t5_width",
+        "clip_pooled": "pooled_width",
+        "image": "image_width",
+    }
+    return {width: shard[name].shape[1] for name, width in names.items()} | {"picture": shard["pictures"].shape[1]}
+
+
+def _listed(widths: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {width}" for name, width in widths.items())

@@ -27,7 +27,7 @@ TREE = NoiseDistribution()  # the paper's tree of intervals, whatever noise a re
 @dataclass(frozen=True)
 class Data:
     encoders: str  # folder of the frozen encoders
-    pairs: int  # number of pictures
+    pairs: int | None = None  # number of pictures that are rendered; None where there are shards
     seed: int = 0
     resolution: int = 64
     long_share: float = 0.5  # share of long captions
@@ -36,8 +36,19 @@ class Data:
     window: int | None = None  # side of the square that is kept of each picture, somewhere in it; None: all is kept
     windows: int = 1  # pairs in a row that show one scene in different windows, under one caption
     crop: int | None = None  # side of the square that a step sees, somewhere in what is kept; None: all of it
+    shards: str | None = (
+        None  # tar files of one's own pictures and captions, as webdataset names them; None: rendered ones
+    )
+    least_side: int | None = None  # pixels of the shorter side below which a picture is left out; None: the resolution
+    least_clip_score: float | None = None  # cosine of caption and picture below which a pair is left out
+    least_aesthetic_score: float | None = None  # what the head below gives a picture that stays, or more
+    aesthetic_head: str | None = None  # safetensors file; scores a picture by its CLIP embedding
 
     def __post_init__(self) -> None:
+        if self.shards is None:
+            self._check_rendered()
+        else:
+            self._check_shards()
         if self.references not in ("own", "style"):
             raise ValueError(f'references is "own" or "style", got {self.references!r}')
         if self.windows < 1 or (self.windows > 1 and self.window is None):
@@ -46,6 +57,32 @@ class Data:
             side = getattr(self, name)
             if side is not None and (side % FACTOR or not 0 < side <= within):
                 raise ValueError(f"{name} is a multiple of {FACTOR} from {FACTOR} to {within} pixels, got {side}")
+
+    def _check_rendered(self) -> None:
+        if self.pairs is None:
+            raise ValueError("[data] needs pairs, the number of pictures to render, or shards, tar files of your own")
+        for name in ("least_side", "least_clip_score", "least_aesthetic_score", "aesthetic_head"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} chooses among the pictures of shards, and this recipe renders its own")
+
+    def _check_shards(self) -> None:
+        if self.pairs is not None or self.windows != 1:
+            raise ValueError(
+                "pairs and windows are for rendered pictures: leave them out, the shards say how many there are"
+            )
+        if self.references != "own" or self.even_styles:
+            raise ValueError(
+                'pictures from shards have no styles that are known: choose references = "own" and leave even_styles out'
+            )
+        if self.least_side is not None and self.least_side < self.resolution:
+            raise ValueError(
+                f"least_side is at least the resolution of {self.resolution} pixels, below which none is taken, "
+                f"got {self.least_side}"
+            )
+        if self.least_clip_score is not None and not -1 <= self.least_clip_score <= 1:
+            raise ValueError(f"least_clip_score is a cosine, from -1 to 1, got {self.least_clip_score!r}")
+        if self.least_aesthetic_score is not None and self.aesthetic_head is None:
+            raise ValueError("least_aesthetic_score needs aesthetic_head, the safetensors file that scores")
 
     @property
     def kept(self) -> int:
@@ -146,6 +183,7 @@ class Recipe:
     dropout: Dropout = field(default_factory=Dropout)
     sampler: dict[str, Any] = field(default_factory=dict)  # recommended settings, written into ensemble.json
     seed: int = 0
+    whiten: bool = False  # first weights that make all directions of the embeddings equally loud; ours
     stage: str = "base"
     degradation: Degradation = field(default_factory=Degradation)  # of the low-res image of super-resolution stages
     augmentation: Augmentation = field(default_factory=Augmentation)

@@ -1,7 +1,8 @@
 """The trainer: one node of a recipe, from its parent's weights to a finished expert.
 
 All randomness of step n comes from (seed, n), so a run that was stopped anywhere continues to the same weights as one
-that was not. State lives in safetensors and JSON, written whole or not at all.
+that was not. Several processes draw the same batch and take a slice each, so their number changes rounding alone. State
+lives in safetensors and JSON, written whole or not at all.
 """
 
 import json
@@ -9,15 +10,16 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import Attend, attend, attend_by_products
 from ..checkpoint import (
@@ -25,6 +27,7 @@ from ..checkpoint import (
     NetworkHeader,
     check_finite,
     read_ensemble,
+    read_header,
     read_weights,
     save_network,
     write_ensemble,
@@ -37,15 +40,21 @@ from .degradation import degraded
 from .optimizers import Muon, matrices
 from .pairs import Pairs
 from .recipe import Node, Recipe
+from .whitening import whiten
 
 POOL = 8  # batches that are drawn together
+DECADES = range(-3, 3)  # of sigma: d is [10^d, 10^(d+1)); the outermost hold what is beyond them too
 
 
 class Progress(NamedTuple):
     step: int  # steps done
     steps: int
     loss: float  # of this step's batch; 1 is what an untrained network scores
-    gradient_norm: float
+    gradient_norm: float  # before it is clipped
+    learning_rate: float | None = None
+    decades: dict[int, tuple[int, float]] | None = (
+        None  # of sigma: how many rows the batch has in each, their mean loss
+    )
 
 
 def denoising_loss(
@@ -61,10 +70,122 @@ def denoising_loss(
 
     deviation: (B, 1, 1, 1), takes sigma_data's place in lambda for a network that works around its low-res image.
     """
+    return weighted_errors(denoiser, images, conditioning, sigma, noise, attend, deviation).mean()
+
+
+def weighted_errors(
+    denoiser: Denoiser,
+    images: Tensor,
+    conditioning: Conditioning,
+    sigma: Tensor,
+    noise: Tensor,
+    attend: Attend = attend,
+    deviation: Tensor | None = None,
+) -> Tensor:
+    """What `denoising_loss` is the mean of, (B, 3, H, W)."""
     level = sigma[:, None, None, None]
     denoised = denoiser(images + level * noise, sigma, conditioning, attend)
     weight = loss_weight(level, denoiser.sigma_data if deviation is None else deviation)
-    return (weight * (denoised - images) ** 2).mean()
+    return weight * (denoised - images) ** 2
+
+
+class Objective(nn.Module):
+    """The loss of a batch, (), and of each of its rows, (B,), as one call: where processes share gradients, they do so
+    around it."""
+
+    def __init__(self, denoiser: Denoiser, around: bool = False) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.around = around  # does the network work around its low-res image?
+
+    def forward(
+        self, images: Tensor, conditioning: Conditioning, sigma: Tensor, noise: Tensor, attend: Attend = attend
+    ) -> tuple[Tensor, Tensor]:
+        deviation = self.denoiser.network.deviation(conditioning) if self.around else None
+        errors = weighted_errors(self.denoiser, images, conditioning, sigma, noise, attend, deviation)
+        return errors.mean(), errors.detach().flatten(1).mean(1)
+
+
+class Engine:
+    """One process on one device: what `ediffi train` is by itself."""
+
+    processes, rank = 1, 0
+    precision = "float32"  # that products have at most; a recipe may ask for less
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """The module whose backward pass leaves the mean gradient of all processes in each."""
+        return module
+
+    def apart(self, module: nn.Module) -> AbstractContextManager:
+        """Within it, gradients of a prepared module stay in their process and add up."""
+        return nullcontext()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes, in each. All wait here for the last."""
+        return values
+
+    def close(self) -> None:
+        """Let the other processes go."""
+
+
+class Accelerated(Engine):
+    """As many processes, and the precision, as `accelerate launch` or `torchrun` say; gradients are averaged by DDP.
+
+    Raises ValueError where accelerate is not installed, or is configured for what this training does not do.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        try:
+            from accelerate import Accelerator
+        except ImportError as error:
+            raise ValueError(
+                "Training in several processes needs accelerate, which is not installed. Install it: "
+                'pip install "comfyui-ediffi[train]".'
+            ) from error
+        none = not getattr(torch, "accelerator", torch.cuda).is_available()
+        self.accelerator = Accelerator(cpu=none or device == "cpu")
+        device_of = self.accelerator.device
+        self.device = "cpu" if device_of.type == "cpu" else str(device_of)  # safetensors knows no cpu:0
+        self.rank = self.accelerator.process_index
+        self.processes = self.accelerator.num_processes
+        kind, mixed = self.accelerator.distributed_type.value, self.accelerator.mixed_precision
+        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
+            raise ValueError(
+                f"accelerate is configured for {kind}, which divides the weights among processes. This training keeps whole "
+                f"weights in each: choose MULTI_GPU, or MULTI_CPU, in `accelerate config`."
+            )
+        if mixed not in ("no", "bf16"):
+            raise ValueError(f"accelerate's mixed precision is no or bf16 here, got {mixed}. Change it in the launch.")
+        if self.processes != int(os.environ.get("WORLD_SIZE", 1)):
+            raise ValueError(
+                f"{os.environ['WORLD_SIZE']} processes were started, but accelerate sees {self.processes}. Say which device "
+                f"they are for: --device cpu, or what `accelerate config` asks."
+            )
+        if device is not None and torch.device(device).type != device_of.type:
+            raise ValueError(f"--device is {device}, but the launch works on {self.device}. Leave --device out.")
+        self.precision = "bfloat16" if mixed == "bf16" else "float32"
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        self.accelerator.free_memory()  # of the node before
+        return self.accelerator.prepare(module)
+
+    def apart(self, module: nn.Module) -> AbstractContextManager:
+        return self.accelerator.no_sync(module)
+
+    def mean(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.to(self.device), reduction="mean")
+
+    def close(self) -> None:
+        self.accelerator.end_training()
+
+
+def engine_of(device: str | None = None) -> Engine:
+    """The engine that the way this process was started asks for."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return Accelerated(device) if launched else Engine(device or "cpu")
 
 
 def low_res_of(images: Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -87,17 +208,40 @@ def learning_rate_share(step: int, steps: int, warmup: int, final: float) -> flo
 
 
 class Trainer:
-    """Trains one node. `folder` receives <node>.safetensors (averaged weights) and <node>.state (to continue from)."""
+    """Trains one node. `folder` receives <node>.safetensors (averaged weights) and <node>.state (to continue from).
 
-    def __init__(self, recipe: Recipe, node: Node, pairs: Pairs, folder: str | Path, device: str = "cpu") -> None:
-        self.recipe, self.node, self.pairs, self.device = recipe, node, pairs, device
-        self.folder = Path(folder)
+    engine: the processes that train it together, by default this one alone on `device`; the node's batch is that of all.
+    accumulate: parts that a process takes its share of the batch in, one after the other, to need less memory.
+    Raises ValueError for a state of other settings, a parent that is not finished, or a batch that cannot be divided.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        node: Node,
+        pairs: Pairs,
+        folder: str | Path,
+        device: str = "cpu",
+        engine: Engine | None = None,
+        accumulate: int = 1,
+    ) -> None:
+        self.engine = engine or Engine(device)
+        self.recipe, self.node, self.pairs, self.device = recipe, node, pairs, self.engine.device
+        self.folder, self.accumulate = Path(folder), accumulate
+        if accumulate < 1 or node.batch % (self.engine.processes * accumulate):
+            raise ValueError(
+                f"The batch of node {node.name} has {node.batch} rows, which {self.engine.processes} processes cannot take "
+                f"in {accumulate} equal parts each. Choose numbers whose product divides {node.batch}."
+            )
         with torch.random.fork_rng():  # layers draw their first weights from the global generator; leave it as it was
             torch.manual_seed(self._seed(-1))
-            self.network = KINDS[recipe.stage].network(recipe.network).initialise().to(device)
+            self.network = KINDS[recipe.stage].network(recipe.network).initialise()
+        if recipe.whiten and node.parent is None:
+            whiten(self.network, pairs, torch.Generator().manual_seed(self._seed(-2)))
+        self.network.to(self.device)
         self.step = 0
-        if node.parent is not None:
-            self.network.load_state_dict(_float(read_weights(self.folder / f"{node.parent}.safetensors")))
+        if node.parent is not None and not self.state_path.is_file():
+            self._start_from(recipe.node(node.parent))
         self.average = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         own = {"mean": node.noise_mean, "std": node.noise_std}
         self.noise = replace(recipe.noise, **{name: value for name, value in own.items() if value is not None})
@@ -120,6 +264,14 @@ class Trainer:
         self.denoiser = Denoiser(self.network, SIGMA_DATA)
         if self.state_path.is_file():
             self._resume()
+        around = recipe.stage != "base" and recipe.network.residual
+        self.objective = self.engine.prepare(Objective(self.denoiser, around))
+        self.engine.mean(torch.zeros(1))  # wait until all have read the files
+
+    @property
+    def low(self) -> bool:
+        """Are products taken in bfloat16?"""
+        return "bfloat16" in (self.recipe.optimizer.precision, self.engine.precision)
 
     @property
     def state_path(self) -> Path:
@@ -140,19 +292,17 @@ class Trainer:
 
     def _train_step(self, index: int) -> Progress:
         settings = self.recipe.optimizer
-        images, conditioning, sigma, noise = self._draw(index)
-        share = learning_rate_share(index, self.node.steps, settings.warmup, settings.final)
+        batch = self._draw(index)
+        rate = self.learning_rate * learning_rate_share(index, self.node.steps, settings.warmup, settings.final)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = self.learning_rate * share
+            group["lr"] = rate
 
-        kind, low = torch.device(self.device).type, settings.precision == "bfloat16"
-        by = attend_by_products if low and kind == "cpu" else attend
-        with torch.autocast(kind, torch.bfloat16, enabled=low):
-            around = self.recipe.stage != "base" and self.recipe.network.residual
-            deviation = self.network.deviation(conditioning) if around else None
-            loss = denoising_loss(self.denoiser, images, conditioning, sigma, noise, by, deviation)
         self.network.zero_grad(set_to_none=True)
-        loss.backward()
+        scores = torch.zeros(1 + 2 * len(DECADES), device=self.device)
+        for part in range(self.accumulate):
+            last = part == self.accumulate - 1
+            with nullcontext() if last else self.engine.apart(self.objective):
+                scores += self._backward(*self._share_of(batch, part)) / self.accumulate
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -161,9 +311,37 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in self.network.state_dict().items():
                 self.average[name].lerp_(tensor, 1 - decay)
-        return Progress(index + 1, self.node.steps, loss.item(), norm.item())
+        loss, *rest = self.engine.mean(scores).tolist()
+        shares, losses = rest[: len(DECADES)], rest[len(DECADES) :]
+        decades = {
+            decade: (round(share * self.node.batch), lost / share)
+            for decade, share, lost in zip(DECADES, shares, losses, strict=True)
+            if share
+        }
+        return Progress(index + 1, self.node.steps, loss, norm.item(), rate, decades)
+
+    def _backward(self, images: Tensor, conditioning: Conditioning, sigma: Tensor, noise: Tensor) -> Tensor:
+        """Adds to the gradients. Returns the loss, then for each of `DECADES` the share of rows in it, then that times
+        their mean loss: all of which average over parts of a batch."""
+        kind = torch.device(self.device).type
+        by = attend_by_products if self.low and kind == "cpu" else attend
+        with torch.autocast(kind, torch.bfloat16, enabled=self.low):
+            loss, rows = self.objective(images, conditioning, sigma, noise, by)
+        (loss / self.accumulate).backward()
+        decade = sigma.log10().floor().clamp(DECADES[0], DECADES[-1]).long() - DECADES[0]
+        within = F.one_hot(decade, len(DECADES)).float() / len(sigma)  # (B, decades)
+        return torch.cat([loss.detach()[None], within.sum(0), rows @ within])
+
+    def _share_of(self, batch: tuple[Tensor, Conditioning, Tensor, Tensor], part: int) -> tuple:
+        """This process's rows of a part of the batch, on its device."""
+        size = self.node.batch // (self.engine.processes * self.accumulate)
+        first = (part * self.engine.processes + self.engine.rank) * size
+        images, conditioning, sigma, noise = batch
+        images, sigma, noise = (one[first : first + size].to(self.device) for one in (images, sigma, noise))
+        return images, conditioning.rows(slice(first, first + size)).to(self.device), sigma, noise
 
     def _draw(self, index: int) -> tuple[Tensor, Conditioning, Tensor, Tensor]:
+        """The whole batch of a step, the same in every process."""
         generator = torch.Generator().manual_seed(self._seed(index))
         batch, rates = self.node.batch, self.recipe.dropout
         # of a few batches' worth of pairs, sorted by the length of their captions, one slice: little is padding, and
@@ -186,20 +364,32 @@ class Trainer:
         noise = torch.randn(images.shape, generator=generator)
         if self.recipe.stage != "base":
             conditioning = conditioning.with_low_res(*low_res_of(images, self.recipe, generator))
-        return images.to(self.device), conditioning.to(self.device), sigma.to(self.device), noise.to(self.device)
+        return images, conditioning, sigma, noise
 
     def _seed(self, index: int) -> int:
         """A seed for step `index`; distinct for each recipe seed, node seed and step."""
         return (self.recipe.seed * 1_000_003 + self.node.seed) * 10_000_019 + index + 1
 
     def save(self) -> None:
-        """Write the averaged weights (float16) and the state to continue from."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write the averaged weights (float16) and the state to continue from. Every process calls it, the first writes.
+
+        Raises ValueError where there is no room or weights are not finite; what was saved before is then as it was.
+        """
+        problem = None
+        if self.engine.rank == 0:
+            try:
+                self._write()
+            except ValueError as error:
+                problem = error
+        if self.engine.mean(torch.tensor([float(problem is not None)])).item():
+            raise problem or ValueError(f"The first process could not save step {self.step}: see what it says.")
+
+    def _write(self) -> None:
         check_finite(self.average, f"step {self.step} of node {self.node.name}")
         interval = NoiseInterval(self.node.intervals[0].low, self.node.intervals[-1].high)
         provenance = {"recipe": self.recipe.name, "node": asdict(self.node), "steps": self.step}
         header = NetworkHeader(self.recipe.network, interval, self.recipe.stage, self.denoiser.sigma_data, provenance)
-        save_network(self.path, {name: tensor.half() for name, tensor in self.average.items()}, header)
+        weights = {name: tensor.half() for name, tensor in self.average.items()}
 
         state = {f"network.{name}": tensor.contiguous() for name, tensor in self.network.state_dict().items()}
         state |= {f"average.{name}": tensor.contiguous() for name, tensor in self.average.items()}
@@ -207,14 +397,52 @@ class Trainer:
             for optimizer in self.optimizers:
                 moments = optimizer.state.get(parameter, {})
                 state |= {f"optimizer.{name}.{key}": value.contiguous() for key, value in moments.items()}
-        partial = self.state_path.with_suffix(".partial")
-        save_file(state, partial, metadata={"state": json.dumps({"step": self.step, "node": asdict(self.node)})})
-        os.replace(partial, self.state_path)
+        settings = json.dumps({"step": self.step, "node": asdict(self.node)})
+
+        work = self.folder / f"{self.node.name}.saving"  # all that a process which was killed leaves behind
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            work.mkdir(parents=True)
+            save_network(work / self.path.name, weights, header)
+            save_file(state, work / self.state_path.name, metadata={"state": settings})
+            # weights before the state: killed in between, the steps since the last state are done again
+            for path in (self.path, self.state_path):
+                _flush(work / path.name)
+            for path in (self.path, self.state_path):
+                os.replace(work / path.name, path)
+            _flush(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(work, ignore_errors=True)
+            needed = sum(tensor.nbytes for tensor in (*weights.values(), *state.values()))
+            room = f"It needs {needed / 1e6:.0f} MB of room"
+            if self.folder.is_dir():
+                room += f", {shutil.disk_usage(self.folder).free / 1e6:.0f} MB are free"
+            raise ValueError(
+                f"Step {self.step} of node {self.node.name} could not be saved in {self.folder} ({error}). {room}. What was "
+                f"saved before is as it was: make room, and the same command continues from it."
+            ) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _start_from(self, parent: Node) -> None:
+        path = self.folder / f"{parent.name}.safetensors"
+        training = read_header(path).training
+        if training.get("recipe") == self.recipe.name and training.get("steps", parent.steps) < parent.steps:
+            raise ValueError(
+                f"Node {self.node.name} starts from {parent.name}, which is at step {training['steps']} of {parent.steps}. "
+                f"Finish {parent.name} first."
+            )
+        self.network.load_state_dict(_float(read_weights(path)))
 
     def _resume(self) -> None:
-        with safe_open(self.state_path, framework="pt", device=self.device) as file:
-            saved = json.loads(file.metadata()["state"])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(self.state_path, framework="pt", device=self.device) as file:
+                saved = json.loads(file.metadata()["state"])
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.state_path} is damaged ({error}). Put a copy in its place, or remove it to begin again."
+            ) from error
         if saved["node"] != json.loads(json.dumps(asdict(self.node))):
             raise ValueError(
                 f"{self.state_path} continues a node of other settings ({saved['node']}) than the recipe's. "
@@ -232,6 +460,26 @@ class Trainer:
                     key: torch.empty_like(parameter).copy_(value) if value.dim() else value
                     for key, value in moments.items()
                 }
+        if self.engine.rank == 0 and self._step_of_weights() < self.step:
+            self._write()
+
+    def _step_of_weights(self) -> int:
+        """The step whose weights lie beside the state: as far or farther, unless somebody changed or removed them."""
+        try:
+            return read_header(self.path).training.get("steps", 0)
+        except (FileNotFoundError, ValueError):
+            return -1
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk, where a power failure cannot undo it."""
+    if os.name == "nt":  # neither can be done there with what is open for reading only
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,993 @@
+"""Branching: experts for parts of the noise range, grown from a U-Net that exists (eDiff-I, Sec. 4.1).
+
+    ediffi branch RECIPE.toml
+
+The network is one that diffusers and ComfyUI both load (Stable Diffusion 1.5 and 2, SDXL). Each node of the recipe's tree
+starts from the weights of its parent and is trained further with the network's own objective, on the noise of its
+intervals only; what is trained are all weights, or a LoRA. Sigma is ComfyUI's: the standard deviation of the noise beside
+a latent of unit scale, sqrt((1 - a) / a) where the network's level keeps sqrt(a) of the latent.
+
+All randomness of step n comes from (seed, n), so a run that was stopped anywhere continues to the same weights as one that
+was not. Files appear whole or not at all. The libraries diffusers, peft and transformers are imported where they are used.
+"""
+
+import argparse
+import bisect
+import hashlib
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoint import check_finite
+from ..intervals import NoiseInterval, check_partition, complement
+from .recipe import Optimizer
+from .trainer import Progress, learning_rate_share
+
+FORMAT = 1
+HEADER = "ediffi_branch"  # of an expert's metadata
+MOST = 6  # experts that eDiff-I Expert Ensemble joins
+SHARD = 512  # pairs per file
+PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+DRAWS = 4  # levels at which each held-out pair is tried
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+# what a checkpoint in one file does not say about its U-Net (Rombach et al. 2022; Podell et al. 2023, Table 1)
+FAMILIES = {
+    "sd15": dict(
+        sample_size=64, layers_per_block=2, block_out_channels=[320, 640, 1280, 1280], cross_attention_dim=768, attention_head_dim=8,
+        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    ),
+    "sdxl": dict(
+        sample_size=128, layers_per_block=2, block_out_channels=[320, 640, 1280], cross_attention_dim=2048,
+        attention_head_dim=[5, 10, 20], down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+        up_block_types=["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"], transformer_layers_per_block=[1, 2, 10],
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    ),
+}  # fmt: skip
+SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # of both families
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The noise levels a network was trained on, each as often as any other.
+
+    alphas: (T,) float64, falling; level t makes sqrt(a_t) latent + sqrt(1 - a_t) noise.
+    """
+
+    alphas: Tensor
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """(T,) float64, rising."""
+        kept = self.alphas.clamp(min=2**-24)  # a schedule that ends in pure noise has an infinite sigma there
+        return ((1 - kept) / kept).sqrt()
+
+    def interval(self, depth: int, index: int) -> NoiseInterval:
+        """The interval of expert E^depth_index: one of 2^depth that hold equally many levels, index 0 at the lowest noise."""
+        if depth < 0 or not 0 <= index < 2**depth:
+            raise ValueError(
+                f"The tree has no interval (depth {depth}, index {index}): at depth {depth} the index runs from 0 to "
+                f"{2 ** max(depth, 0) - 1}."
+            )
+        first, end = (round(len(self) * part / 2**depth) for part in (index, index + 1))
+        if first == end:
+            raise ValueError(
+                f"The interval (depth {depth}, index {index}) holds none of the network's {len(self)} levels. "
+                f"Choose a smaller depth."
+            )
+        return NoiseInterval(self._edge(first), self._edge(end))
+
+    def _edge(self, level: int) -> float:
+        """Between `level` and the one below.
+
+        Halfway in ln sigma, where ComfyUI's rounding of a sigma to a level turns over: an expert then hears of no level
+        but those it was trained on.
+        """
+        if level == 0:
+            return 0.0
+        if level == len(self):
+            return math.inf
+        return float(f"{math.sqrt(self.sigmas[level - 1] * self.sigmas[level]):.6g}")
+
+    def within(self, intervals: Sequence[NoiseInterval]) -> Tensor:
+        """The levels whose sigma lies in one of `intervals`, rising, (n,) int64. Raises ValueError if there are none."""
+        inside = torch.zeros(len(self), dtype=torch.bool)
+        for interval in intervals:
+            inside |= (self.sigmas >= interval.low) & (self.sigmas < interval.high)
+        if not inside.any():
+            raise ValueError(
+                f"None of the network's noise levels, sigma {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}, lies in "
+                f"{', '.join(map(str, intervals))}. Move the edges."
+            )
+        return inside.nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The network that is branched."""
+
+    path: str  # a folder in diffusers' layout, or a checkpoint in one .safetensors file
+    family: str | None = None  # of a checkpoint in one file
+    prediction: str | None = None  # None: what the folder's scheduler says; "epsilon" for one file
+    checkpoint: str | None = None  # what ComfyUI calls it, in models/checkpoints; None: the file's name
+
+    def __post_init__(self) -> None:
+        if self.prediction not in (None, "epsilon", "v_prediction", "sample"):
+            raise ValueError(f'prediction is "epsilon", "v_prediction" or "sample", got {self.prediction!r}')
+        if self.is_file and self.family not in FAMILIES:
+            raise ValueError(
+                f"a checkpoint in one file needs a family, {' or '.join(FAMILIES)}, got {self.family!r}; for another "
+                f"architecture give a folder in diffusers' layout"
+            )
+
+    @property
+    def is_file(self) -> bool:
+        return self.path.endswith(".safetensors")
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint or (Path(self.path).name if self.is_file else f"{Path(self.path).name}.safetensors")
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Latents and the embeddings of their captions: given, or to be made of pictures."""
+
+    pairs: str | None = None  # a .safetensors file or a folder of them
+    pictures: str | None = None  # a folder of pictures, a caption x.txt beside each x.png
+    encoders: str | None = None  # a folder in diffusers' layout; None: the model's own
+    resolution: int = 512
+    held_out: int = 0  # so many of the last pairs are kept from training, and the experts are compared on them
+    dropout: float = 0.1  # share of the captions that are left out, for guidance
+
+    def __post_init__(self) -> None:
+        if (self.pairs is None) == (self.pictures is None):
+            raise ValueError("data needs either pairs or pictures")
+        if self.resolution % 64 or self.resolution <= 0:
+            raise ValueError(f"resolution is a multiple of 64, got {self.resolution}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is from 0 to below 1, got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank updates of some layers in place of new weights (Hu et al. 2021)."""
+
+    rank: int = 16
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    layers: tuple[str, ...] = ATTENTION  # ends of the names that diffusers gives them
+
+
+@dataclass(frozen=True)
+class BranchNode:
+    """One network of the tree. Its part of the noise is said by `owns`, by `excludes`, or by `low` and `high` in sigma."""
+
+    name: str
+    steps: int
+    batch: int
+    parent: str | None = None  # None: the network that is branched
+    owns: tuple[tuple[int, int], ...] = ()  # (depth, index) intervals of the network's own tree
+    excludes: tuple[tuple[int, int], ...] = ()  # intervals taken away instead, the paper's minus sign
+    low: float | None = None
+    high: float | None = None
+    expert: bool = True  # part of the ensemble, or only a parent?
+    learning_rate: float | None = None  # None: the recipe's
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if sum((bool(self.owns), bool(self.excludes), self.low is not None or self.high is not None)) > 1:
+            raise ValueError(
+                f"node {self.name!r} has its part of the noise said twice; keep owns, excludes, or low and high"
+            )
+
+    def intervals(self, levels: Levels) -> tuple[NoiseInterval, ...]:
+        if self.owns:
+            return tuple(levels.interval(depth, index) for depth, index in self.owns)
+        if self.excludes:
+            return complement([levels.interval(depth, index) for depth, index in self.excludes])
+        return (NoiseInterval(self.low or 0.0, math.inf if self.high is None else self.high),)
+
+    def interval(self, levels: Levels) -> NoiseInterval:
+        """All its intervals as one. Raises ValueError where they do not touch."""
+        parts = sorted(self.intervals(levels))
+        for below, above in pairwise(parts):
+            if below.high != above.low:
+                raise ValueError(
+                    f"The expert {self.name!r} would have two parts of the noise, {below} and {above}, with another expert "
+                    f"between them. Make two experts of it, or set expert = false."
+                )
+        return NoiseInterval(parts[0].low, parts[-1].high)
+
+
+@dataclass(frozen=True)
+class BranchRecipe:
+    name: str
+    model: Source
+    data: Captioned
+    nodes: tuple[BranchNode, ...]
+    lora: Lora | None = None  # None: all weights are trained
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(ema=0.0))
+    checkpointing: bool = False  # compute activations twice, in less memory
+    seed: int = 0
+
+    def node(self, name: str) -> BranchNode:
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        known = ", ".join(node.name for node in self.nodes)
+        raise ValueError(f"The recipe {self.name} has no node {name!r}. Its nodes are {known}.")
+
+
+def read_branch_recipe(path: str | Path) -> BranchRecipe:
+    """Read a TOML recipe. Raises FileNotFoundError, or ValueError naming the entry that is not understood."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no recipe {path}. Recipes are TOML files; see recipes/branch_sd15.toml.")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path.name} is not valid TOML: {error}.") from error
+    try:
+        model, data = Source(**values.pop("model")), Captioned(**values.pop("data"))
+        lora = Lora(**_tuples(values.pop("lora"))) if "lora" in values else None
+        optimizer = Optimizer(**{"ema": 0.0, **values.pop("optimizer", {})})
+        if optimizer.name != "adamw":
+            raise ValueError(f"branching knows the optimizer adamw only, got {optimizer.name!r}")
+        nodes = tuple(BranchNode(**_tuples(node)) for node in values.pop("nodes"))
+        recipe = BranchRecipe(path.stem, model, data, nodes, lora, optimizer, **values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path.name} is not a usable recipe: {error}.") from error
+    seen: set[str] = set()
+    for node in recipe.nodes:
+        if node.parent is not None and node.parent not in seen:
+            raise ValueError(
+                f"{path.name}: node {node.name!r} starts from {node.parent!r}, which does not come before it."
+            )
+        if node.name in seen:
+            raise ValueError(f"{path.name}: two nodes are called {node.name!r}. Rename one.")
+        seen.add(node.name)
+    return recipe
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: tuple(tuple(one) if isinstance(one, list) else one for one in value) if isinstance(value, list) else value
+        for name, value in values.items()
+    }
+
+
+def experts_of(recipe: BranchRecipe, levels: Levels) -> list[tuple[NoiseInterval, BranchNode | None]]:
+    """What denoises where, from high to low noise. None: the network that is branched, where no expert was asked for.
+
+    Raises ValueError where experts overlap, or there are more than eDiff-I Expert Ensemble joins.
+    """
+    owned = [(node.interval(levels), node) for node in recipe.nodes if node.expert]
+    if not owned:
+        raise ValueError(
+            f"The recipe {recipe.name} has no expert. Set expert = true on the nodes that the ensemble is made of."
+        )
+    rest = [(interval, None) for interval in complement([interval for interval, _ in owned])]
+    experts = sorted([*owned, *rest], key=lambda expert: expert[0], reverse=True)
+    check_partition([interval for interval, _ in experts])
+    if len(experts) > MOST:
+        raise ValueError(
+            f"The recipe {recipe.name} makes an ensemble of {len(experts)}, and ComfyUI's node joins {MOST} at most."
+        )
+    return experts
+
+
+@contextmanager
+def _needs(what: str):
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f'{what} needs the package {error.name}. Install it with: pip install "comfyui-ediffi[train]"'
+        ) from error
+
+
+class Model(NamedTuple):
+    unet: torch.nn.Module  # diffusers' UNet2DConditionModel
+    levels: Levels
+    prediction: str  # "epsilon", "v_prediction" or "sample"
+
+
+def load_model(source: Source) -> Model:
+    """The network in float32, ready to be trained. Nothing is downloaded.
+
+    Raises FileNotFoundError, or ValueError for a network that does not take and give latents alone.
+    """
+    with _needs("Branching"):
+        from diffusers import DDPMScheduler, UNet2DConditionModel
+    path = Path(source.path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no model {path}. Give a folder in diffusers' layout, or a .safetensors file."
+        )
+    if source.is_file:
+        with tempfile.TemporaryDirectory() as configuration:
+            described = {"_class_name": "UNet2DConditionModel", **FAMILIES[source.family]}
+            Path(configuration, "unet").mkdir()
+            Path(configuration, "unet", "config.json").write_text(json.dumps(described), encoding="utf-8")
+            unet = UNet2DConditionModel.from_single_file(
+                str(path), config=configuration, subfolder="unet", local_files_only=True
+            )
+        schedule = DDPMScheduler(**SCHEDULE)
+    else:
+        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", local_files_only=True)
+        schedule = DDPMScheduler.from_pretrained(path, subfolder="scheduler", local_files_only=True)
+    if unet.config.in_channels != unet.config.out_channels:
+        raise ValueError(
+            f"{path.name} takes {unet.config.in_channels} channels and gives {unet.config.out_channels}, as inpainting "
+            f"networks do. Only networks that take and give latents alone can be branched."
+        )
+    levels = Levels(schedule.alphas_cumprod.double())
+    return Model(unet.float(), levels, source.prediction or schedule.config.prediction_type)
+
+
+class Batch(NamedTuple):
+    latents: Tensor  # (B, C, H, W) of unit scale
+    tokens: Tensor  # (B, L, E)
+    pooled: Tensor | None  # (B, P), and
+    time_ids: Tensor | None  # (B, 6): what SDXL is told besides
+
+    def to(self, device) -> "Batch":
+        return Batch(*(None if one is None else one.to(device) for one in self))
+
+    def rows(self, which: slice) -> "Batch":
+        return Batch(*(None if one is None else one[which] for one in self))
+
+
+class LatentPairs:
+    """Latents and embedded captions in safetensors files, read row by row, so only a batch is in memory.
+
+    A file holds `latents` (n, C, H, W) and `tokens` (n, L, E); for SDXL also `pooled` (n, P) and `time_ids` (n, 6); and what
+    an empty caption gives, `null_tokens` (L, E) and `null_pooled` (P).
+    """
+
+    def __init__(self, path: str | Path, held_out: int = 0) -> None:
+        path = Path(path)
+        paths = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        if not paths:
+            raise FileNotFoundError(f"There are no pairs at {path}: neither a .safetensors file nor a folder of them.")
+        self.files = [safe_open(one, framework="pt") for one in paths]
+        self.names = set(self.files[0].keys())
+        for name in ("latents", "tokens"):
+            if name not in self.names:
+                raise ValueError(
+                    f"{paths[0].name} holds no tensor {name!r}. Pairs are latents and tokens; see docs/branching.md."
+                )
+        counts = [file.get_slice("latents").get_shape()[0] for file in self.files]
+        self.starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        if not 0 <= held_out < len(self):
+            raise ValueError(f"{held_out} pairs are to be held out, but there are {len(self)}. Leave some to train on.")
+        self.held_out = torch.arange(len(self) - held_out, len(self))
+        self.trained = len(self) - held_out
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def shape(self, name: str) -> list[int]:
+        return self.files[0].get_slice(name).get_shape()
+
+    def check(self, unet) -> None:
+        """Raise ValueError unless the pairs fit the network."""
+        wanted = {("latents", 1): unet.config.in_channels, ("tokens", 2): unet.config.cross_attention_dim}
+        for (name, axis), expected in wanted.items():
+            found = self.shape(name)[axis]
+            if found != expected:
+                raise ValueError(
+                    f"The pairs' {name} are {found} wide, and the network takes {expected}. They were made for another model."
+                )
+        if unet.config.addition_embed_type == "text_time" and not {"pooled", "time_ids"} <= self.names:
+            raise ValueError(
+                "The network is an SDXL, and the pairs lack pooled or time_ids. They were made for another model."
+            )
+
+    def batch(self, rows: Tensor, dropped: Tensor | None = None) -> Batch:
+        """rows: (B,) numbers of pairs; dropped: (B,) bool, whose caption is left out. All in float32."""
+        found: dict[str, list[Tensor]] = {}
+        for place, row in enumerate(rows.tolist()):
+            which = bisect.bisect_right(self.starts, row) - 1
+            file, at = self.files[which], row - self.starts[which]
+            left_out = dropped is not None and bool(dropped[place])
+            for name in Batch._fields:
+                if name not in self.names:
+                    continue
+                if left_out and name in ("tokens", "pooled"):
+                    if f"null_{name}" not in self.names:
+                        raise ValueError(
+                            f"Captions are to be left out, but the pairs do not hold what an empty one gives, null_{name}. "
+                            f"Add it, or set dropout = 0."
+                        )
+                    value = file.get_tensor(f"null_{name}")
+                else:
+                    value = file.get_slice(name)[at : at + 1][0]
+                found.setdefault(name, []).append(value.float())
+        return Batch(*(torch.stack(found[name]) if name in found else None for name in Batch._fields))
+
+
+def prepare(recipe: BranchRecipe, folder: str | Path, device: str = "cpu") -> Iterator[tuple[int, int]]:
+    """Encode the recipe's pictures and captions into `folder`; yields (pairs done, pairs in all) after each file.
+
+    A picture is scaled and cut to the square of the resolution, around its middle. Files that are already there are kept;
+    those of other pictures, captions or settings are refused.
+    """
+    source, folder = Path(recipe.data.pictures), Path(folder)
+    pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURES)
+    if not pictures:
+        raise FileNotFoundError(f"There are no pictures in {source} ({', '.join(sorted(PICTURES))}).")
+    for picture in pictures:
+        if not picture.with_suffix(".txt").is_file():
+            raise FileNotFoundError(
+                f"{picture} has no caption: there is no {picture.with_suffix('.txt').name} beside it."
+            )
+    captions = [picture.with_suffix(".txt").read_text(encoding="utf-8").strip() for picture in pictures]
+    encoders = Path(recipe.data.encoders or recipe.model.path)
+    if not (encoders / "vae").is_dir():
+        raise ValueError(
+            f"The pictures need a VAE and text encoders, and {encoders} is no folder with vae, text_encoder and tokenizer in it. "
+            f"Name one in diffusers' layout as encoders."
+        )
+    listed = [(str(p.relative_to(source)), p.stat().st_size, c) for p, c in zip(pictures, captions, strict=True)]
+    settings = {
+        "resolution": recipe.data.resolution,
+        "encoders": encoders.name,
+        "pictures": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    described = folder / "pairs.json"
+    if described.is_file() and json.loads(described.read_text(encoding="utf-8")) != settings:
+        raise ValueError(
+            f"{folder} holds pairs of other pictures, captions or settings. Remove it to make them again, or use another name."
+        )
+    _write_json(described, settings)
+    encode = None
+    for start in range(0, len(pictures), SHARD):
+        end = min(start + SHARD, len(pictures))
+        path = folder / f"pairs-{start // SHARD:05d}.safetensors"
+        if not path.is_file():
+            encode = encode or _encoder(encoders, recipe.data.resolution, device)
+            _write(path, encode(pictures[start:end], captions[start:end]), {})
+        yield end, len(pictures)
+
+
+def _encoder(folder: Path, resolution: int, device: str):
+    """A function of pictures' paths and captions to the tensors of a file of `LatentPairs`, float16."""
+    with _needs("Encoding pictures"):
+        import numpy as np
+        from diffusers import AutoencoderKL
+        from PIL import Image, ImageOps
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True).to(device).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True).to(device).eval()
+    second = None
+    if (folder / "text_encoder_2").is_dir():
+        second_tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
+        second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", local_files_only=True)
+        second = second.to(device).eval()
+
+    def embedded(caption: str) -> dict[str, Tensor]:
+        def ids(tokenizer):
+            settings = dict(padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+            return tokenizer(caption, **settings).input_ids.to(device)
+
+        if second is None:
+            return {"tokens": text(ids(tokenizer)).last_hidden_state[0]}
+        one = text(ids(tokenizer), output_hidden_states=True)
+        two = second(ids(second_tokenizer), output_hidden_states=True)
+        return {"tokens": torch.cat([one.hidden_states[-2], two.hidden_states[-2]], 2)[0], "pooled": two.text_embeds[0]}
+
+    @torch.inference_mode()
+    def encode(pictures: Sequence[Path], captions: Sequence[str]) -> dict[str, Tensor]:
+        rows: dict[str, list[Tensor]] = {}
+        for path, caption in zip(pictures, captions, strict=True):
+            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            square = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+            pixels = torch.from_numpy(np.asarray(square, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+            latent = vae.encode(pixels.to(device)).latent_dist.mode()[0]
+            shift = vae.config.shift_factor or 0.0
+            row = {"latents": (latent - shift) * vae.config.scaling_factor, **embedded(caption)}
+            if second is not None:  # as a picture of just this size, whole
+                row["time_ids"] = torch.tensor([resolution, resolution, 0, 0, resolution, resolution])
+            for name, value in row.items():
+                rows.setdefault(name, []).append(value.cpu())
+        tensors = {name: torch.stack(values) for name, values in rows.items()}
+        tensors |= {f"null_{name}": value.cpu() for name, value in embedded("").items()}
+        return {name: value.half().contiguous() for name, value in tensors.items()}
+
+    return encode
+
+
+def prediction_loss(model: Model, batch: Batch, timesteps: Tensor, noise: Tensor) -> Tensor:
+    """The network's own objective, the mean square of its error in epsilon, v or the latent: (B,), one for each row.
+
+    timesteps: (B,) int64, levels; noise: like the latents.
+    """
+    kept = model.levels.alphas.to(batch.latents.device, torch.float32)[timesteps][:, None, None, None]
+    noised = kept.sqrt() * batch.latents + (1 - kept).sqrt() * noise
+    target = {
+        "epsilon": lambda: noise,
+        "v_prediction": lambda: kept.sqrt() * noise - (1 - kept).sqrt() * batch.latents,
+        "sample": lambda: batch.latents,
+    }[model.prediction]()
+    added = None if batch.pooled is None else {"text_embeds": batch.pooled, "time_ids": batch.time_ids}
+    predicted = model.unet(
+        noised, timesteps, encoder_hidden_states=batch.tokens, added_cond_kwargs=added, return_dict=False
+    )[0]
+    return F.mse_loss(predicted.float(), target, reduction="none").mean((1, 2, 3))
+
+
+@torch.no_grad()
+def interval_losses(
+    model: Model, pairs: LatentPairs, intervals: Sequence[NoiseInterval], seed: int = 0, at_once: int = 16
+) -> list[float]:
+    """The mean loss on the held-out pairs in each of `intervals`, with levels and noise that the seed alone decides."""
+    device = next(model.unet.parameters()).device
+    losses = []
+    for interval in intervals:
+        generator = torch.Generator().manual_seed(seed)
+        rows, levels = pairs.held_out.repeat(DRAWS), model.levels.within([interval])
+        timesteps = _evenly(levels, len(rows), generator)[torch.randperm(len(rows), generator=generator)]
+        total = 0.0
+        for start in range(0, len(rows), at_once):
+            batch = pairs.batch(rows[start : start + at_once])
+            noise = torch.randn(batch.latents.shape, generator=generator)
+            chosen = timesteps[start : start + at_once]
+            total += prediction_loss(model, batch.to(device), chosen.to(device), noise.to(device)).sum().item()
+        losses.append(total / len(rows))
+    return losses
+
+
+def _evenly(levels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` of `levels`, one from each of `count` equal parts of them, low to high; see NoiseDistribution.sample."""
+    drawn = (torch.arange(count) + torch.rand(count, generator=generator)) / count * len(levels)
+    return levels[drawn.long().clamp(max=len(levels) - 1)]
+
+
+def add_lora(unet, lora: Lora, seed: int) -> None:
+    """Freeze the network and put a LoRA on it that changes nothing yet; its layers are float32 whatever the network is.
+
+    Raises ValueError where a layer's name is not found.
+    """
+    with _needs("A LoRA"):
+        from peft import LoraConfig
+    names = [name for name, _ in unet.named_modules()]
+    for layer in lora.layers:
+        if not any(name == layer or name.endswith(f".{layer}") for name in names):
+            raise ValueError(
+                f"No layer of the network is called {layer!r}. Layers are named as in diffusers, such as to_q."
+            )
+    unet.requires_grad_(False)
+    with torch.random.fork_rng():  # layers draw their first weights from the global generator; leave it as it was
+        torch.manual_seed(seed)
+        unet.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.layers)))
+    for _, parameter in trained(unet):
+        parameter.data = parameter.data.float()
+
+
+def trained(unet) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in unet.named_parameters() if parameter.requires_grad]
+
+
+def lora_key(name: str) -> str:
+    """The name of a LoRA's weight in a file, kohya's form, of its name in the network; both of ComfyUI's loaders know it."""
+    layer, part = name.removesuffix(".default.weight").rsplit(".", 1)
+    return f"lora_unet_{layer.replace('.', '_')}.{ {'lora_A': 'lora_down', 'lora_B': 'lora_up'}[part] }.weight"
+
+
+def expert_file(recipe: BranchRecipe, node: BranchNode) -> str:
+    return f"{recipe.name}-{node.name}.safetensors"
+
+
+def load_expert(unet, recipe: BranchRecipe, node: BranchNode, folder: str | Path) -> None:
+    """Give the network the weights of a finished expert, or of a parent; a LoRA must have been added before.
+
+    Raises FileNotFoundError, or ValueError for one that is not finished or does not fit.
+    """
+    path = Path(folder) / expert_file(recipe, node)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}. Train the node {node.name!r} first.")
+    with safe_open(path, framework="pt") as file:
+        steps = json.loads(file.metadata()[HEADER])["steps"]
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if steps != node.steps:
+        raise ValueError(
+            f"{path.name} was trained for {steps} steps of {node.steps}. Train the node {node.name!r} to its end."
+        )
+    key = lora_key if recipe.lora else str
+    with torch.no_grad():
+        for name, parameter in trained(unet):
+            if key(name) not in weights or weights[key(name)].shape != parameter.shape:
+                raise ValueError(
+                    f"{path.name} does not fit the network at {key(name)}. It is of another model or recipe."
+                )
+            parameter.copy_(weights[key(name)])
+
+
+class BranchTrainer:
+    """Trains one node. `folder` receives its weights, as ComfyUI loads them, and a .state to continue from.
+
+    accumulate: parts that a batch is taken in, one after the other, to need less memory. `train()` and `save()` are driven
+    as those of `training.trainer.Trainer`. Raises ValueError for pairs, a parent or a state that do not fit.
+    """
+
+    def __init__(
+        self,
+        recipe: BranchRecipe,
+        node: BranchNode,
+        pairs: LatentPairs,
+        folder: str | Path,
+        device: str = "cpu",
+        accumulate: int = 1,
+    ) -> None:
+        if accumulate < 1 or node.batch % accumulate:
+            raise ValueError(
+                f"The batch of node {node.name} has {node.batch} rows, which {accumulate} equal parts cannot share. Choose a "
+                f"number that divides {node.batch}."
+            )
+        self.recipe, self.node, self.pairs, self.device = recipe, node, pairs, device
+        self.folder, self.step, self.accumulate = Path(folder), 0, accumulate
+        self.model = model = load_model(recipe.model)
+        pairs.check(model.unet)
+        self.levels = model.levels.within(node.intervals(model.levels))
+        low = recipe.optimizer.precision == "bfloat16"
+        if recipe.lora is not None:
+            add_lora(model.unet, recipe.lora, self._seed(-1))
+        if node.parent is not None and not self.state_path.is_file():
+            load_expert(model.unet, recipe, recipe.node(node.parent), self.folder)
+        model.unet.to(device).train()
+        if recipe.lora is not None and low:
+            for parameter in model.unet.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
+        if recipe.checkpointing:
+            model.unet.enable_gradient_checkpointing()
+        self.parameters = dict(trained(model.unet))
+        # without averaging the average is the weights themselves, and costs no memory
+        self.average = {
+            name: parameter.detach().clone() if recipe.optimizer.ema else parameter.detach()
+            for name, parameter in self.parameters.items()
+        }
+        settings = recipe.optimizer
+        self.learning_rate = node.learning_rate if node.learning_rate is not None else settings.learning_rate
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=self.learning_rate,
+            betas=(settings.beta_1, settings.beta_2),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        if self.state_path.is_file():
+            self._resume()
+
+    @property
+    def path(self) -> Path:
+        return self.folder / expert_file(self.recipe, self.node)
+
+    @property
+    def state_path(self) -> Path:
+        return self.path.with_suffix(".state")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must stay the same for a run to be continued."""
+        recipe = self.recipe
+        settings = {
+            "model": Path(recipe.model.path).name,
+            "node": asdict(self.node),
+            "lora": recipe.lora and asdict(recipe.lora),
+            "optimizer": asdict(recipe.optimizer),
+            "data": {"dropout": recipe.data.dropout, "trained": self.pairs.trained},
+            "seed": recipe.seed,
+        }
+        return json.loads(json.dumps(settings))
+
+    def train(self, until: int | None = None) -> Iterator[Progress]:
+        """Train up to step `until` (the node's last by default); yields after each step. Save when you like."""
+        last = self.node.steps if until is None else until
+        while self.step < last:
+            progress = self._train_step(self.step)
+            self.step += 1
+            yield progress
+
+    def _train_step(self, index: int) -> Progress:
+        settings, count = self.recipe.optimizer, self.node.batch
+        batch, timesteps, noise = self._draw(index)
+        share = learning_rate_share(index, self.node.steps, settings.warmup, settings.final)
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate * share
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for start in range(0, count, count // self.accumulate):
+            part = slice(start, start + count // self.accumulate)
+            rows = batch.rows(part).to(self.device), timesteps[part].to(self.device), noise[part].to(self.device)
+            low = settings.precision == "bfloat16"
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=low):
+                loss = prediction_loss(self.model, *rows).sum() / count
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
+        self.optimizer.step()
+        if settings.ema:
+            decay = min(settings.ema, (index + 1) / (index + 10))  # young averages forget where they started
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    self.average[name].lerp_(parameter, 1 - decay)
+        return Progress(index + 1, self.node.steps, total, norm.item(), self.learning_rate * share)
+
+    def _draw(self, index: int) -> tuple[Batch, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self._seed(index))
+        count = self.node.batch
+        rows = torch.randint(self.pairs.trained, (count,), generator=generator)
+        dropped = torch.rand(count, generator=generator) < self.recipe.data.dropout
+        batch = self.pairs.batch(rows, dropped)
+        timesteps = _evenly(self.levels, count, generator)
+        return batch, timesteps, torch.randn(batch.latents.shape, generator=generator)
+
+    def _seed(self, index: int) -> int:
+        """A seed for step `index`; distinct for each recipe seed, node seed and step."""
+        return (self.recipe.seed * 1_000_003 + self.node.seed) * 10_000_019 + index + 1
+
+    def save(self) -> None:
+        """Write the (averaged) weights as ComfyUI loads them, a LoRA in float32 and a whole network in float16, and the
+        state to continue from."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        check_finite(self.average, f"step {self.step} of node {self.node.name}")
+        interval = NoiseInterval(*_ends(self.node.intervals(self.model.levels)))
+        header = {
+            "format": FORMAT,
+            "kind": "full" if self.recipe.lora is None else "lora",
+            "interval": _to_json(interval),
+            "steps": self.step,
+            "recipe": self.recipe.name,
+            **self.settings,
+        }
+        if self.recipe.lora is None:
+            weights = {name: tensor.half() for name, tensor in self.average.items()}
+            check_finite(weights, f"step {self.step} of node {self.node.name}, in float16")
+        else:
+            weights = {lora_key(name): tensor for name, tensor in self.average.items()}
+            alpha = torch.tensor(float(self.recipe.lora.alpha))
+            weights |= {f"{key.split('.')[0]}.alpha": alpha.clone() for key in list(weights)}
+        _write(self.path, weights, {HEADER: json.dumps(header)})
+
+        state = {f"weights.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        if self.recipe.optimizer.ema:
+            state |= {f"average.{name}": tensor for name, tensor in self.average.items()}
+        for name, parameter in self.parameters.items():
+            moments = self.optimizer.state.get(parameter, {})
+            state |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
+        _write(self.state_path, state, {"state": json.dumps({"step": self.step, "settings": self.settings})})
+
+    def _resume(self) -> None:
+        with safe_open(self.state_path, framework="pt", device=self.device) as file:
+            saved = json.loads(file.metadata()["state"])
+            if saved["settings"] != self.settings:
+                changed = [name for name, value in self.settings.items() if saved["settings"].get(name) != value]
+                raise ValueError(
+                    f"{self.state_path} continues a run of other settings: {', '.join(changed)} changed. Restore the recipe, "
+                    f"or remove the file to begin again."
+                )
+            self.step = saved["step"]
+            kept = set(file.keys())
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(file.get_tensor(f"weights.{name}"))
+                    if self.recipe.optimizer.ema:
+                        self.average[name].copy_(file.get_tensor(f"average.{name}"))
+                    moments = {
+                        key: file.get_tensor(f"optimizer.{key}.{name}")
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                        if f"optimizer.{key}.{name}" in kept
+                    }
+                    if moments:
+                        self.optimizer.state[parameter] = moments
+
+
+def compared(
+    recipe: BranchRecipe, pairs: LatentPairs, folder: str | Path, device: str = "cpu"
+) -> tuple[list[NoiseInterval], dict[str, list[float]]]:
+    """The held-out loss of the network that is branched, "base", and of each node, in each expert's interval.
+
+    Below the base in its own interval an expert has learnt something. Whether branching was the better use of the steps,
+    a node says that owns everything, is no expert, and has as many steps as the experts together.
+    """
+    model = load_model(recipe.model)
+    model.unet.to(device).eval()
+    intervals = [interval for interval, node in experts_of(recipe, model.levels) if node is not None]
+    losses = {"base": interval_losses(model, pairs, intervals)}
+    if recipe.lora is not None:
+        add_lora(model.unet, recipe.lora, 0)
+    for node in recipe.nodes:
+        load_expert(model.unet, recipe, node, folder)
+        losses[node.name] = interval_losses(model, pairs, intervals)
+    return intervals, losses
+
+
+def workflow(recipe: BranchRecipe, levels: Levels) -> dict[str, Any]:
+    """A graph in ComfyUI's API format: the checkpoint, its experts, eDiff-I Expert Ensemble, a sampler, a picture."""
+    experts = experts_of(recipe, levels)
+    side = recipe.data.resolution
+    graph: dict[str, Any] = {"checkpoint": ("CheckpointLoaderSimple", {"ckpt_name": recipe.model.name})}
+    joined: dict[str, Any] = {"unit": "sigma", "preset": "own boundaries", "experts": str(len(experts))}
+    for number, (interval, node) in enumerate(experts, 1):
+        model: list[Any] = ["checkpoint", 0]
+        if node is not None:
+            file = expert_file(recipe, node)
+            if recipe.lora is None:
+                graph[node.name] = ("UNETLoader", {"unet_name": file, "weight_dtype": "default"})
+            else:
+                loaded = {"model": model, "lora_name": file, "strength_model": 1.0}
+                graph[node.name] = ("LoraLoaderModelOnly", loaded)
+            model = [node.name, 0]
+        joined |= {f"experts.expert_{number}": model, f"experts.cfg_{number}": -1.0}
+        if number < len(experts):
+            joined[f"experts.boundary_{number}"] = interval.low
+    only = len(experts) == 1  # one expert for all noise is no ensemble
+    source = joined["experts.expert_1"] if only else ["ensemble", 0]
+    if not only:
+        graph["ensemble"] = ("EDiffI_ExpertEnsemble", joined)
+    sampled = {
+        "model": source, "positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0],
+        "seed": 0, "steps": 25, "cfg": 7.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0,
+    }  # fmt: skip
+    graph |= {
+        "positive": ("CLIPTextEncode", {"clip": ["checkpoint", 1], "text": "a red fox in the snow"}),
+        "negative": ("CLIPTextEncode", {"clip": ["checkpoint", 1], "text": ""}),
+        "latent": ("EmptyLatentImage", {"width": side, "height": side, "batch_size": 1}),
+        "sampler": ("KSampler", sampled),
+        "decoded": ("VAEDecode", {"samples": ["sampler", 0], "vae": ["checkpoint", 2]}),
+        "saved": ("SaveImage", {"images": ["decoded", 0], "filename_prefix": recipe.name}),
+    }
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in graph.items()}
+
+
+def describe(
+    recipe: BranchRecipe,
+    levels: Levels,
+    folder: str | Path,
+    losses: tuple[list[NoiseInterval], dict[str, list[float]]] | None = None,
+) -> str:
+    """Write experts.json and workflow_api.json beside the experts; returns what to do with them, in words."""
+    folder, experts = Path(folder), experts_of(recipe, levels)
+    boundaries = [interval.low for interval, _ in experts[:-1]]
+    described = {
+        "format": FORMAT,
+        "kind": "full" if recipe.lora is None else "lora",
+        "model": recipe.model.name,
+        "unit": "sigma",
+        "boundaries": boundaries,
+        "experts": [
+            {"file": node and expert_file(recipe, node), "interval": _to_json(interval)} for interval, node in experts
+        ],
+    }
+    lines = [f"Copy to ComfyUI's models/{'diffusion_models' if recipe.lora is None else 'loras'}:"]
+    lines += [f"  {folder / expert_file(recipe, node)}" for _, node in experts if node is not None]
+    lines += ["eDiff-I Expert Ensemble, unit sigma:"]
+    for number, (interval, node) in enumerate(experts, 1):
+        what = f"{recipe.model.name} as it is" if node is None else expert_file(recipe, node)
+        lines += [f"  expert_{number}    {what}"]
+        lines += [f"  boundary_{number}  {interval.low:g}"] if number < len(experts) else []
+    if losses is not None:
+        intervals, by_name = losses
+        described["held_out_losses"] = {"intervals": [_to_json(one) for one in intervals], **by_name}
+        lines += ["Loss on pairs held out, by interval of sigma:"]
+        lines += [f"  {'':22s}" + "".join(f"{name:>12s}" for name in by_name)]
+        for place, interval in enumerate(intervals):
+            lines += [f"  {interval!s:22s}" + "".join(f"{values[place]:12.5f}" for values in by_name.values())]
+    _write_json(folder / "experts.json", described)
+    _write_json(folder / "workflow_api.json", workflow(recipe, levels))
+    return "\n".join([*lines, f"Or open {folder / 'workflow_api.json'} in ComfyUI."])
+
+
+def _ends(intervals: Sequence[NoiseInterval]) -> tuple[float, float]:
+    return min(one.low for one in intervals), max(one.high for one in intervals)
+
+
+def _to_json(interval: NoiseInterval) -> list[float | None]:
+    return [interval.low, None if math.isinf(interval.high) else interval.high]
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+    os.replace(partial, path)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="ediffi branch", description="Grow experts from a U-Net that exists.")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.toml")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where pairs and weights go (runs/)")
+    parser.add_argument("--node", help="one node only; all in order if left out")
+    parser.add_argument("--save-every", type=int, default=250, metavar="STEPS")
+    parser.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="take each batch in N parts, in less memory"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    options = parser.parse_args(arguments)
+    try:
+        run(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"ediffi: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prepare what is not prepared, train what is not trained, say what to do with it. options: those of `main`."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    recipe = read_branch_recipe(options.recipe)
+    folder = options.folder / recipe.name
+    pairs_at = recipe.data.pairs
+    if pairs_at is None:
+        pairs_at = options.folder / f"{recipe.name}-pairs"
+        for done, total in prepare(recipe, pairs_at, options.device):
+            print(f"{done} of {total} pairs", flush=True)
+    pairs = LatentPairs(pairs_at, recipe.data.held_out)
+    levels = None
+    for node in [recipe.node(options.node)] if options.node else recipe.nodes:
+        trainer = BranchTrainer(recipe, node, pairs, folder, options.device, options.accumulate)
+        levels = trainer.model.levels
+        experts_of(recipe, levels)  # a recipe that makes no ensemble is said before hours of training, not after
+        _drive(trainer, options.save_every)
+        del trainer  # before the next takes as much memory
+    if options.node:
+        return
+    losses = compared(recipe, pairs, folder, options.device) if recipe.data.held_out else None
+    print(describe(recipe, levels, folder, losses))
+
+
+def _drive(trainer: BranchTrainer, save_every: int) -> None:
+    name, smooth = trainer.node.name, None
+    if trainer.step >= trainer.node.steps:
+        print(f"{name}: already finished at step {trainer.step}", flush=True)
+        return
+    try:
+        for progress in trainer.train():
+            smooth = progress.loss if smooth is None else smooth + 0.02 * (progress.loss - smooth)
+            if progress.step % 50 == 0 or progress.step == progress.steps:
+                print(f"{name} {progress.step}/{progress.steps} loss {smooth:.5f}", flush=True)
+            if progress.step % save_every == 0 and progress.step < progress.steps:
+                trainer.save()
+    finally:
+        trainer.save()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
