@@ -12,303 +12,39 @@ was not. Files appear whole or not at all. The libraries diffusers, peft and tra
 """
 
 import argparse
-import bisect
-import hashlib
 import json
 import math
-import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint import check_finite
-from ..intervals import NoiseInterval, check_partition, complement
-from .recipe import Optimizer
+from ..intervals import NoiseInterval
+from .branch_recipe import (
+    FAMILIES,
+    BranchNode,
+    BranchRecipe,
+    Levels,
+    Lora,
+    Source,
+    experts_of,
+    read_branch_recipe,
+)
+from .latents import Batch, LatentPairs, needs, prepare, write, write_json
 from .trainer import Progress, learning_rate_share
 
 FORMAT = 1
 HEADER = "ediffi_branch"  # of an expert's metadata
-MOST = 6  # experts that eDiff-I Expert Ensemble joins
-SHARD = 512  # pairs per file
-PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 DRAWS = 4  # levels at which each held-out pair is tried
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-
-# what a checkpoint in one file does not say about its U-Net (Rombach et al. 2022; Podell et al. 2023, Table 1)
-FAMILIES = {
-    "sd15": dict(
-        sample_size=64, layers_per_block=2, block_out_channels=[320, 640, 1280, 1280], cross_attention_dim=768, attention_head_dim=8,
-        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    ),
-    "sdxl": dict(
-        sample_size=128, layers_per_block=2, block_out_channels=[320, 640, 1280], cross_attention_dim=2048,
-        attention_head_dim=[5, 10, 20], down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
-        up_block_types=["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"], transformer_layers_per_block=[1, 2, 10],
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    ),
-}  # fmt: skip
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # of both families
-
-
-@dataclass(frozen=True)
-class Levels:
-    """The noise levels a network was trained on, each as often as any other.
-
-    alphas: (T,) float64, falling; level t makes sqrt(a_t) latent + sqrt(1 - a_t) noise.
-    """
-
-    alphas: Tensor
-
-    def __len__(self) -> int:
-        return len(self.alphas)
-
-    @cached_property
-    def sigmas(self) -> Tensor:
-        """(T,) float64, rising."""
-        kept = self.alphas.clamp(min=2**-24)  # a schedule that ends in pure noise has an infinite sigma there
-        return ((1 - kept) / kept).sqrt()
-
-    def interval(self, depth: int, index: int) -> NoiseInterval:
-        """The interval of expert E^depth_index: one of 2^depth that hold equally many levels, index 0 at the lowest noise."""
-        if depth < 0 or not 0 <= index < 2**depth:
-            raise ValueError(
-                f"The tree has no interval (depth {depth}, index {index}): at depth {depth} the index runs from 0 to "
-                f"{2 ** max(depth, 0) - 1}."
-            )
-        first, end = (round(len(self) * part / 2**depth) for part in (index, index + 1))
-        if first == end:
-            raise ValueError(
-                f"The interval (depth {depth}, index {index}) holds none of the network's {len(self)} levels. "
-                f"Choose a smaller depth."
-            )
-        return NoiseInterval(self._edge(first), self._edge(end))
-
-    def _edge(self, level: int) -> float:
-        """Between `level` and the one below.
-
-        Halfway in ln sigma, where ComfyUI's rounding of a sigma to a level turns over: an expert then hears of no level
-        but those it was trained on.
-        """
-        if level == 0:
-            return 0.0
-        if level == len(self):
-            return math.inf
-        return float(f"{math.sqrt(self.sigmas[level - 1] * self.sigmas[level]):.6g}")
-
-    def within(self, intervals: Sequence[NoiseInterval]) -> Tensor:
-        """The levels whose sigma lies in one of `intervals`, rising, (n,) int64. Raises ValueError if there are none."""
-        inside = torch.zeros(len(self), dtype=torch.bool)
-        for interval in intervals:
-            inside |= (self.sigmas >= interval.low) & (self.sigmas < interval.high)
-        if not inside.any():
-            raise ValueError(
-                f"None of the network's noise levels, sigma {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}, lies in "
-                f"{', '.join(map(str, intervals))}. Move the edges."
-            )
-        return inside.nonzero()[:, 0]
-
-
-@dataclass(frozen=True)
-class Source:
-    """The network that is branched."""
-
-    path: str  # a folder in diffusers' layout, or a checkpoint in one .safetensors file
-    family: str | None = None  # of a checkpoint in one file
-    prediction: str | None = None  # None: what the folder's scheduler says; "epsilon" for one file
-    checkpoint: str | None = None  # what ComfyUI calls it, in models/checkpoints; None: the file's name
-
-    def __post_init__(self) -> None:
-        if self.prediction not in (None, "epsilon", "v_prediction", "sample"):
-            raise ValueError(f'prediction is "epsilon", "v_prediction" or "sample", got {self.prediction!r}')
-        if self.is_file and self.family not in FAMILIES:
-            raise ValueError(
-                f"a checkpoint in one file needs a family, {' or '.join(FAMILIES)}, got {self.family!r}; for another "
-                f"architecture give a folder in diffusers' layout"
-            )
-
-    @property
-    def is_file(self) -> bool:
-        return self.path.endswith(".safetensors")
-
-    @property
-    def name(self) -> str:
-        return self.checkpoint or (Path(self.path).name if self.is_file else f"{Path(self.path).name}.safetensors")
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """Latents and the embeddings of their captions: given, or to be made of pictures."""
-
-    pairs: str | None = None  # a .safetensors file or a folder of them
-    pictures: str | None = None  # a folder of pictures, a caption x.txt beside each x.png
-    encoders: str | None = None  # a folder in diffusers' layout; None: the model's own
-    resolution: int = 512
-    held_out: int = 0  # so many of the last pairs are kept from training, and the experts are compared on them
-    dropout: float = 0.1  # share of the captions that are left out, for guidance
-
-    def __post_init__(self) -> None:
-        if (self.pairs is None) == (self.pictures is None):
-            raise ValueError("data needs either pairs or pictures")
-        if self.resolution % 64 or self.resolution <= 0:
-            raise ValueError(f"resolution is a multiple of 64, got {self.resolution}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is from 0 to below 1, got {self.dropout}")
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank updates of some layers in place of new weights (Hu et al. 2021)."""
-
-    rank: int = 16
-    alpha: float = 16.0  # the update is scaled by alpha / rank
-    layers: tuple[str, ...] = ATTENTION  # ends of the names that diffusers gives them
-
-
-@dataclass(frozen=True)
-class BranchNode:
-    """One network of the tree. Its part of the noise is said by `owns`, by `excludes`, or by `low` and `high` in sigma."""
-
-    name: str
-    steps: int
-    batch: int
-    parent: str | None = None  # None: the network that is branched
-    owns: tuple[tuple[int, int], ...] = ()  # (depth, index) intervals of the network's own tree
-    excludes: tuple[tuple[int, int], ...] = ()  # intervals taken away instead, the paper's minus sign
-    low: float | None = None
-    high: float | None = None
-    expert: bool = True  # part of the ensemble, or only a parent?
-    learning_rate: float | None = None  # None: the recipe's
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if sum((bool(self.owns), bool(self.excludes), self.low is not None or self.high is not None)) > 1:
-            raise ValueError(
-                f"node {self.name!r} has its part of the noise said twice; keep owns, excludes, or low and high"
-            )
-
-    def intervals(self, levels: Levels) -> tuple[NoiseInterval, ...]:
-        if self.owns:
-            return tuple(levels.interval(depth, index) for depth, index in self.owns)
-        if self.excludes:
-            return complement([levels.interval(depth, index) for depth, index in self.excludes])
-        return (NoiseInterval(self.low or 0.0, math.inf if self.high is None else self.high),)
-
-    def interval(self, levels: Levels) -> NoiseInterval:
-        """All its intervals as one. Raises ValueError where they do not touch."""
-        parts = sorted(self.intervals(levels))
-        for below, above in pairwise(parts):
-            if below.high != above.low:
-                raise ValueError(
-                    f"The expert {self.name!r} would have two parts of the noise, {below} and {above}, with another expert "
-                    f"between them. Make two experts of it, or set expert = false."
-                )
-        return NoiseInterval(parts[0].low, parts[-1].high)
-
-
-@dataclass(frozen=True)
-class BranchRecipe:
-    name: str
-    model: Source
-    data: Captioned
-    nodes: tuple[BranchNode, ...]
-    lora: Lora | None = None  # None: all weights are trained
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(ema=0.0))
-    checkpointing: bool = False  # compute activations twice, in less memory
-    seed: int = 0
-
-    def node(self, name: str) -> BranchNode:
-        for node in self.nodes:
-            if node.name == name:
-                return node
-        known = ", ".join(node.name for node in self.nodes)
-        raise ValueError(f"The recipe {self.name} has no node {name!r}. Its nodes are {known}.")
-
-
-def read_branch_recipe(path: str | Path) -> BranchRecipe:
-    """Read a TOML recipe. Raises FileNotFoundError, or ValueError naming the entry that is not understood."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no recipe {path}. Recipes are TOML files; see recipes/branch_sd15.toml.")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path.name} is not valid TOML: {error}.") from error
-    try:
-        model, data = Source(**values.pop("model")), Captioned(**values.pop("data"))
-        lora = Lora(**_tuples(values.pop("lora"))) if "lora" in values else None
-        optimizer = Optimizer(**{"ema": 0.0, **values.pop("optimizer", {})})
-        if optimizer.name != "adamw":
-            raise ValueError(f"branching knows the optimizer adamw only, got {optimizer.name!r}")
-        nodes = tuple(BranchNode(**_tuples(node)) for node in values.pop("nodes"))
-        recipe = BranchRecipe(path.stem, model, data, nodes, lora, optimizer, **values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path.name} is not a usable recipe: {error}.") from error
-    seen: set[str] = set()
-    for node in recipe.nodes:
-        if node.parent is not None and node.parent not in seen:
-            raise ValueError(
-                f"{path.name}: node {node.name!r} starts from {node.parent!r}, which does not come before it."
-            )
-        if node.name in seen:
-            raise ValueError(f"{path.name}: two nodes are called {node.name!r}. Rename one.")
-        seen.add(node.name)
-    return recipe
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: tuple(tuple(one) if isinstance(one, list) else one for one in value) if isinstance(value, list) else value
-        for name, value in values.items()
-    }
-
-
-def experts_of(recipe: BranchRecipe, levels: Levels) -> list[tuple[NoiseInterval, BranchNode | None]]:
-    """What denoises where, from high to low noise. None: the network that is branched, where no expert was asked for.
-
-    Raises ValueError where experts overlap, or there are more than eDiff-I Expert Ensemble joins.
-    """
-    owned = [(node.interval(levels), node) for node in recipe.nodes if node.expert]
-    if not owned:
-        raise ValueError(
-            f"The recipe {recipe.name} has no expert. Set expert = true on the nodes that the ensemble is made of."
-        )
-    rest = [(interval, None) for interval in complement([interval for interval, _ in owned])]
-    experts = sorted([*owned, *rest], key=lambda expert: expert[0], reverse=True)
-    check_partition([interval for interval, _ in experts])
-    if len(experts) > MOST:
-        raise ValueError(
-            f"The recipe {recipe.name} makes an ensemble of {len(experts)}, and ComfyUI's node joins {MOST} at most."
-        )
-    return experts
-
-
-@contextmanager
-def _needs(what: str):
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(
-            f'{what} needs the package {error.name}. Install it with: pip install "comfyui-ediffi[train]"'
-        ) from error
 
 
 class Model(NamedTuple):
@@ -322,7 +58,7 @@ def load_model(source: Source) -> Model:
 
     Raises FileNotFoundError, or ValueError for a network that does not take and give latents alone.
     """
-    with _needs("Branching"):
+    with needs("Branching"):
         from diffusers import DDPMScheduler, UNet2DConditionModel
     path = Path(source.path)
     if not path.exists():
@@ -348,181 +84,6 @@ def load_model(source: Source) -> Model:
         )
     levels = Levels(schedule.alphas_cumprod.double())
     return Model(unet.float(), levels, source.prediction or schedule.config.prediction_type)
-
-
-class Batch(NamedTuple):
-    latents: Tensor  # (B, C, H, W) of unit scale
-    tokens: Tensor  # (B, L, E)
-    pooled: Tensor | None  # (B, P), and
-    time_ids: Tensor | None  # (B, 6): what SDXL is told besides
-
-    def to(self, device) -> "Batch":
-        return Batch(*(None if one is None else one.to(device) for one in self))
-
-    def rows(self, which: slice) -> "Batch":
-        return Batch(*(None if one is None else one[which] for one in self))
-
-
-class LatentPairs:
-    """Latents and embedded captions in safetensors files, read row by row, so only a batch is in memory.
-
-    A file holds `latents` (n, C, H, W) and `tokens` (n, L, E); for SDXL also `pooled` (n, P) and `time_ids` (n, 6); and what
-    an empty caption gives, `null_tokens` (L, E) and `null_pooled` (P).
-    """
-
-    def __init__(self, path: str | Path, held_out: int = 0) -> None:
-        path = Path(path)
-        paths = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-        if not paths:
-            raise FileNotFoundError(f"There are no pairs at {path}: neither a .safetensors file nor a folder of them.")
-        self.files = [safe_open(one, framework="pt") for one in paths]
-        self.names = set(self.files[0].keys())
-        for name in ("latents", "tokens"):
-            if name not in self.names:
-                raise ValueError(
-                    f"{paths[0].name} holds no tensor {name!r}. Pairs are latents and tokens; see docs/branching.md."
-                )
-        counts = [file.get_slice("latents").get_shape()[0] for file in self.files]
-        self.starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-        if not 0 <= held_out < len(self):
-            raise ValueError(f"{held_out} pairs are to be held out, but there are {len(self)}. Leave some to train on.")
-        self.held_out = torch.arange(len(self) - held_out, len(self))
-        self.trained = len(self) - held_out
-
-    def __len__(self) -> int:
-        return self.starts[-1]
-
-    def shape(self, name: str) -> list[int]:
-        return self.files[0].get_slice(name).get_shape()
-
-    def check(self, unet) -> None:
-        """Raise ValueError unless the pairs fit the network."""
-        wanted = {("latents", 1): unet.config.in_channels, ("tokens", 2): unet.config.cross_attention_dim}
-        for (name, axis), expected in wanted.items():
-            found = self.shape(name)[axis]
-            if found != expected:
-                raise ValueError(
-                    f"The pairs' {name} are {found} wide, and the network takes {expected}. They were made for another model."
-                )
-        if unet.config.addition_embed_type == "text_time" and not {"pooled", "time_ids"} <= self.names:
-            raise ValueError(
-                "The network is an SDXL, and the pairs lack pooled or time_ids. They were made for another model."
-            )
-
-    def batch(self, rows: Tensor, dropped: Tensor | None = None) -> Batch:
-        """rows: (B,) numbers of pairs; dropped: (B,) bool, whose caption is left out. All in float32."""
-        found: dict[str, list[Tensor]] = {}
-        for place, row in enumerate(rows.tolist()):
-            which = bisect.bisect_right(self.starts, row) - 1
-            file, at = self.files[which], row - self.starts[which]
-            left_out = dropped is not None and bool(dropped[place])
-            for name in Batch._fields:
-                if name not in self.names:
-                    continue
-                if left_out and name in ("tokens", "pooled"):
-                    if f"null_{name}" not in self.names:
-                        raise ValueError(
-                            f"Captions are to be left out, but the pairs do not hold what an empty one gives, null_{name}. "
-                            f"Add it, or set dropout = 0."
-                        )
-                    value = file.get_tensor(f"null_{name}")
-                else:
-                    value = file.get_slice(name)[at : at + 1][0]
-                found.setdefault(name, []).append(value.float())
-        return Batch(*(torch.stack(found[name]) if name in found else None for name in Batch._fields))
-
-
-def prepare(recipe: BranchRecipe, folder: str | Path, device: str = "cpu") -> Iterator[tuple[int, int]]:
-    """Encode the recipe's pictures and captions into `folder`; yields (pairs done, pairs in all) after each file.
-
-    A picture is scaled and cut to the square of the resolution, around its middle. Files that are already there are kept;
-    those of other pictures, captions or settings are refused.
-    """
-    source, folder = Path(recipe.data.pictures), Path(folder)
-    pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURES)
-    if not pictures:
-        raise FileNotFoundError(f"There are no pictures in {source} ({', '.join(sorted(PICTURES))}).")
-    for picture in pictures:
-        if not picture.with_suffix(".txt").is_file():
-            raise FileNotFoundError(
-                f"{picture} has no caption: there is no {picture.with_suffix('.txt').name} beside it."
-            )
-    captions = [picture.with_suffix(".txt").read_text(encoding="utf-8").strip() for picture in pictures]
-    encoders = Path(recipe.data.encoders or recipe.model.path)
-    if not (encoders / "vae").is_dir():
-        raise ValueError(
-            f"The pictures need a VAE and text encoders, and {encoders} is no folder with vae, text_encoder and tokenizer in it. "
-            f"Name one in diffusers' layout as encoders."
-        )
-    listed = [(str(p.relative_to(source)), p.stat().st_size, c) for p, c in zip(pictures, captions, strict=True)]
-    settings = {
-        "resolution": recipe.data.resolution,
-        "encoders": encoders.name,
-        "pictures": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    described = folder / "pairs.json"
-    if described.is_file() and json.loads(described.read_text(encoding="utf-8")) != settings:
-        raise ValueError(
-            f"{folder} holds pairs of other pictures, captions or settings. Remove it to make them again, or use another name."
-        )
-    _write_json(described, settings)
-    encode = None
-    for start in range(0, len(pictures), SHARD):
-        end = min(start + SHARD, len(pictures))
-        path = folder / f"pairs-{start // SHARD:05d}.safetensors"
-        if not path.is_file():
-            encode = encode or _encoder(encoders, recipe.data.resolution, device)
-            _write(path, encode(pictures[start:end], captions[start:end]), {})
-        yield end, len(pictures)
-
-
-def _encoder(folder: Path, resolution: int, device: str):
-    """A function of pictures' paths and captions to the tensors of a file of `LatentPairs`, float16."""
-    with _needs("Encoding pictures"):
-        import numpy as np
-        from diffusers import AutoencoderKL
-        from PIL import Image, ImageOps
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True).to(device).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    text = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True).to(device).eval()
-    second = None
-    if (folder / "text_encoder_2").is_dir():
-        second_tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
-        second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", local_files_only=True)
-        second = second.to(device).eval()
-
-    def embedded(caption: str) -> dict[str, Tensor]:
-        def ids(tokenizer):
-            settings = dict(padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-            return tokenizer(caption, **settings).input_ids.to(device)
-
-        if second is None:
-            return {"tokens": text(ids(tokenizer)).last_hidden_state[0]}
-        one = text(ids(tokenizer), output_hidden_states=True)
-        two = second(ids(second_tokenizer), output_hidden_states=True)
-        return {"tokens": torch.cat([one.hidden_states[-2], two.hidden_states[-2]], 2)[0], "pooled": two.text_embeds[0]}
-
-    @torch.inference_mode()
-    def encode(pictures: Sequence[Path], captions: Sequence[str]) -> dict[str, Tensor]:
-        rows: dict[str, list[Tensor]] = {}
-        for path, caption in zip(pictures, captions, strict=True):
-            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-            square = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-            pixels = torch.from_numpy(np.asarray(square, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
-            latent = vae.encode(pixels.to(device)).latent_dist.mode()[0]
-            shift = vae.config.shift_factor or 0.0
-            row = {"latents": (latent - shift) * vae.config.scaling_factor, **embedded(caption)}
-            if second is not None:  # as a picture of just this size, whole
-                row["time_ids"] = torch.tensor([resolution, resolution, 0, 0, resolution, resolution])
-            for name, value in row.items():
-                rows.setdefault(name, []).append(value.cpu())
-        tensors = {name: torch.stack(values) for name, values in rows.items()}
-        tensors |= {f"null_{name}": value.cpu() for name, value in embedded("").items()}
-        return {name: value.half().contiguous() for name, value in tensors.items()}
-
-    return encode
 
 
 def prediction_loss(model: Model, batch: Batch, timesteps: Tensor, noise: Tensor) -> Tensor:
@@ -576,7 +137,7 @@ def add_lora(unet, lora: Lora, seed: int) -> None:
 
     Raises ValueError where a layer's name is not found.
     """
-    with _needs("A LoRA"):
+    with needs("A LoRA"):
         from peft import LoraConfig
     names = [name for name, _ in unet.named_modules()]
     for layer in lora.layers:
@@ -775,7 +336,7 @@ class BranchTrainer:
             weights = {lora_key(name): tensor for name, tensor in self.average.items()}
             alpha = torch.tensor(float(self.recipe.lora.alpha))
             weights |= {f"{key.split('.')[0]}.alpha": alpha.clone() for key in list(weights)}
-        _write(self.path, weights, {HEADER: json.dumps(header)})
+        write(self.path, weights, {HEADER: json.dumps(header)})
 
         state = {f"weights.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         if self.recipe.optimizer.ema:
@@ -783,7 +344,7 @@ class BranchTrainer:
         for name, parameter in self.parameters.items():
             moments = self.optimizer.state.get(parameter, {})
             state |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
-        _write(self.state_path, state, {"state": json.dumps({"step": self.step, "settings": self.settings})})
+        write(self.state_path, state, {"state": json.dumps({"step": self.step, "settings": self.settings})})
 
     def _resume(self) -> None:
         with safe_open(self.state_path, framework="pt", device=self.device) as file:
@@ -901,8 +462,8 @@ def describe(
         lines += [f"  {'':22s}" + "".join(f"{name:>12s}" for name in by_name)]
         for place, interval in enumerate(intervals):
             lines += [f"  {interval!s:22s}" + "".join(f"{values[place]:12.5f}" for values in by_name.values())]
-    _write_json(folder / "experts.json", described)
-    _write_json(folder / "workflow_api.json", workflow(recipe, levels))
+    write_json(folder / "experts.json", described)
+    write_json(folder / "workflow_api.json", workflow(recipe, levels))
     return "\n".join([*lines, f"Or open {folder / 'workflow_api.json'} in ComfyUI."])
 
 
@@ -912,18 +473,6 @@ def _ends(intervals: Sequence[NoiseInterval]) -> tuple[float, float]:
 
 def _to_json(interval: NoiseInterval) -> list[float | None]:
     return [interval.low, None if math.isinf(interval.high) else interval.high]
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-    os.replace(partial, path)
-
-
-def _write_json(path: Path, values: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ediffi_core.training import branching
+from ediffi_core.training import branch_recipe, branching
+from ediffi_core.training.latents import Batch, LatentPairs
 from ediffi_core.training.recipe import Optimizer
 
 NAME = "to_branch.safetensors"
@@ -25,15 +26,15 @@ TINY = dict(  # the stand-in in diffusers' words
     down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
 )  # fmt: skip
-REAL = dict(branching.FAMILIES)
+REAL = dict(branch_recipe.FAMILIES)
 # one of every kind that has weights
 LAYERS = (
     "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "time_emb_proj",
     "conv_shortcut", "conv", "conv_in", "conv_out", "linear_1", "linear_2",
 )  # fmt: skip
 BRANCHES = (
-    branching.BranchNode("high", steps=2, batch=2, owns=((1, 1),), seed=1),
-    branching.BranchNode("low", steps=2, batch=2, owns=((1, 0),), seed=2),
+    branch_recipe.BranchNode("high", steps=2, batch=2, owns=((1, 1),), seed=1),
+    branch_recipe.BranchNode("low", steps=2, batch=2, owns=((1, 0),), seed=2),
 )
 
 
@@ -66,15 +67,15 @@ def grown(pack, tmp_path_factory):
     generator = torch.Generator().manual_seed(2)
     latents, tokens = torch.randn(6, 4, 8, 8, generator=generator), torch.randn(6, 7, 768, generator=generator)
     save_file({"latents": latents, "tokens": tokens}, folder / "pairs.safetensors")
-    data = branching.Captioned(pairs=str(folder / "pairs.safetensors"), resolution=64, dropout=0.0)
-    recipe = branching.BranchRecipe(
-        "grown", branching.Source(str(checkpoint), "sd15"), data, BRANCHES, branching.Lora(4, 6.0, LAYERS),
+    data = branch_recipe.Captioned(pairs=str(folder / "pairs.safetensors"), resolution=64, dropout=0.0)
+    recipe = branch_recipe.BranchRecipe(
+        "grown", branch_recipe.Source(str(checkpoint), "sd15"), data, BRANCHES, branch_recipe.Lora(4, 6.0, LAYERS),
         Optimizer(learning_rate=1e-2, weight_decay=0.0, ema=0.0),
     )  # fmt: skip
     whole = dataclasses.replace(recipe, name="whole", lora=None, optimizer=Optimizer(learning_rate=1e-3, ema=0.0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(branching.FAMILIES, "sd15", TINY)
-        pairs = branching.LatentPairs(data.pairs)
+        patch.setitem(branch_recipe.FAMILIES, "sd15", TINY)
+        pairs = LatentPairs(data.pairs)
         for one, nodes in ((recipe, BRANCHES), (whole, BRANCHES[1:])):
             for node in nodes:
                 trainer = branching.BranchTrainer(one, node, pairs, folder)
@@ -227,13 +228,13 @@ def test_an_sdxl_in_one_file_is_told_what_comfyui_tells_it(pack, tmp_path, monke
         down_block_types=["DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"],
         up_block_types=["CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"], transformer_layers_per_block=1,
     )  # fmt: skip
-    monkeypatch.setitem(branching.FAMILIES, "sdxl", tiny)
-    loaded = branching.load_model(branching.Source(str(path), "sdxl"))
+    monkeypatch.setitem(branch_recipe.FAMILIES, "sdxl", tiny)
+    loaded = branching.load_model(branch_recipe.Source(str(path), "sdxl"))
 
     x, tokens = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 7, 2048, generator=generator)
     pooled, noise = torch.randn(1, 1280, generator=generator), torch.randn(1, 4, 8, 8, generator=generator)
     level = torch.tensor([300])
-    batch = branching.Batch(x, tokens, pooled, torch.tensor([[64.0, 64, 0, 0, 64, 64]]))
+    batch = Batch(x, tokens, pooled, torch.tensor([[64.0, 64, 0, 0, 64, 64]]))
     with torch.no_grad():
         loss = branching.prediction_loss(loaded, batch, level, noise)
         kept = loaded.levels.alphas[300].float()

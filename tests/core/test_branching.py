@@ -10,17 +10,20 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ediffi_core.training import branching
-from ediffi_core.training.branching import (
+from ediffi_core.intervals import NoiseInterval
+from ediffi_core.training import branching, latents
+from ediffi_core.training.branch_recipe import (
     BranchNode,
     BranchRecipe,
-    BranchTrainer,
     Captioned,
-    LatentPairs,
     Levels,
     Lora,
     Source,
+    experts_of,
+    read_branch_recipe,
 )
+from ediffi_core.training.branching import BranchTrainer
+from ediffi_core.training.latents import LatentPairs, prepare
 from ediffi_core.training.recipe import Optimizer
 
 CLASSES = 4
@@ -125,7 +128,7 @@ def test_a_schedule_that_ends_in_pure_noise_has_a_last_level():
         (lambda levels: levels.interval(1, 2), r"no interval \(depth 1, index 2\).*0 to 1"),
         (lambda levels: levels.interval(11, 0), r"\(depth 11, index 0\) holds none of the network's 1000 levels"),
         (
-            lambda levels: levels.within([branching.NoiseInterval(20.0, 30.0)]),
+            lambda levels: levels.within([NoiseInterval(20.0, 30.0)]),
             r"sigma 0.02917 to 14.61, lies in \[20, 30\)",
         ),
     ],
@@ -136,7 +139,7 @@ def test_intervals_without_levels_are_refused(ask, message):
 
 
 def test_what_no_expert_owns_stays_with_the_base(recipe):
-    experts = branching.experts_of(replace(recipe, nodes=(replace(HIGH, owns=((2, 2),)),)), Levels(sd_alphas()))
+    experts = experts_of(replace(recipe, nodes=(replace(HIGH, owns=((2, 2),)),)), Levels(sd_alphas()))
     assert [node and node.name for _, node in experts] == [None, "high", None]
     assert experts[0][0].high == math.inf
     assert experts[2][0].low == 0
@@ -154,7 +157,7 @@ def test_what_no_expert_owns_stays_with_the_base(recipe):
 )
 def test_experts_that_make_no_ensemble_are_refused(recipe, nodes, message):
     with pytest.raises(ValueError, match=message):
-        branching.experts_of(replace(recipe, nodes=nodes), Levels(sd_alphas()))
+        experts_of(replace(recipe, nodes=nodes), Levels(sd_alphas()))
 
 
 TEXT = """
@@ -183,15 +186,15 @@ batch = 2
 def test_a_recipe_is_read(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(TEXT)
-    read = branching.read_branch_recipe(path)
+    read = read_branch_recipe(path)
     assert (read.name, read.seed, read.lora.layers) == ("mine", 3, ("to_q", "to_out.0"))
     assert read.node("high").owns == ((1, 1),)
-    assert read.node("low").interval(Levels(sd_alphas())) == branching.NoiseInterval(0.0, 1.5)
+    assert read.node("low").interval(Levels(sd_alphas())) == NoiseInterval(0.0, 1.5)
 
 
 def test_the_example_recipe_makes_three_experts(pytestconfig):
-    read = branching.read_branch_recipe(pytestconfig.rootpath / "recipes" / "branch_sd15.toml")
-    experts = branching.experts_of(read, Levels(sd_alphas()))
+    read = read_branch_recipe(pytestconfig.rootpath / "recipes" / "branch_sd15.toml")
+    experts = experts_of(read, Levels(sd_alphas()))
     assert [node.name for _, node in experts] == ["high", "middle", "low"]
     assert [len(Levels(sd_alphas()).within([interval])) for interval, _ in experts] == [250, 500, 250]
 
@@ -213,7 +216,7 @@ def test_a_wrong_recipe_is_explained(tmp_path, old, new, message):
     path = tmp_path / "mine.toml"
     path.write_text(TEXT.replace(old, new, 1))
     with pytest.raises(ValueError, match=message):
-        branching.read_branch_recipe(path)
+        read_branch_recipe(path)
 
 
 def test_pairs_are_read_across_files_and_captions_left_out(tmp_path):
@@ -449,7 +452,7 @@ def write_encoders(folder, second):
 def test_pictures_are_encoded_once(recipe, tmp_path, second, monkeypatch):
     from diffusers import AutoencoderKL
 
-    monkeypatch.setattr(branching, "SHARD", 2)
+    monkeypatch.setattr(latents, "SHARD", 2)
     encoders, pictures = write_encoders(tmp_path / "encoders", second), tmp_path / "pictures"
     pictures.mkdir()
     for number in range(3):
@@ -458,7 +461,7 @@ def test_pictures_are_encoded_once(recipe, tmp_path, second, monkeypatch):
         (pictures / f"{number}.txt").write_text(["a fox", "a hen", ""][number])
     data = Captioned(pictures=str(pictures), encoders=str(encoders), resolution=64, held_out=1)
     recipe = replace(recipe, data=data)
-    assert list(branching.prepare(recipe, tmp_path / "pairs")) == [(2, 3), (3, 3)]
+    assert list(prepare(recipe, tmp_path / "pairs")) == [(2, 3), (3, 3)]
 
     pairs = LatentPairs(tmp_path / "pairs")
     assert pairs.shape("tokens") == [2, 77, 16 if second else 8]
@@ -477,11 +480,11 @@ def test_pictures_are_encoded_once(recipe, tmp_path, second, monkeypatch):
     torch.testing.assert_close(batch.latents[1:2], latent, rtol=2e-3, atol=2e-3)
 
     before = [path.stat().st_mtime_ns for path in sorted((tmp_path / "pairs").glob("*.safetensors"))]
-    assert list(branching.prepare(recipe, tmp_path / "pairs")) == [(2, 3), (3, 3)]
+    assert list(prepare(recipe, tmp_path / "pairs")) == [(2, 3), (3, 3)]
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "pairs").glob("*.safetensors"))] == before
     (pictures / "0.txt").write_text("a dog")
     with pytest.raises(ValueError, match="pairs of other pictures, captions or settings"):
-        list(branching.prepare(recipe, tmp_path / "pairs"))
+        list(prepare(recipe, tmp_path / "pairs"))
     (pictures / "0.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"0\.png has no caption: there is no 0\.txt"):
-        list(branching.prepare(recipe, tmp_path / "pairs"))
+        list(prepare(recipe, tmp_path / "pairs"))
