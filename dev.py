@@ -238,6 +238,8 @@ def test(options: argparse.Namespace) -> int:
         }
         with contextlib.ExitStack() as stack:
             if comfyui and not options.pytest:  # a browser mostly waits, so its tests run beside all others
+                # threads that wait for each other on a processor that others use too would make all slower than one
+                variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 2) // 2))
                 steps["pytest"] += [f"--ignore={BROWSER_TESTS}"]
                 report = f"--junitxml={folder}/browser.xml"
                 beside = stack.enter_context(beside_others([pytest, report, BROWSER_TESTS], variables))
