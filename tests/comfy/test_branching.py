@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,7 @@ def grown(pack, tmp_path_factory):
     stand_ins.loaders.accept_stand_ins()
     checkpoint, folder = pack.models / "checkpoints" / NAME, tmp_path_factory.mktemp("branched")
     write_checkpoint(checkpoint)
+    placed = [checkpoint]
     generator = torch.Generator().manual_seed(2)
     latents, tokens = torch.randn(6, 4, 8, 8, generator=generator), torch.randn(6, 7, 768, generator=generator)
     save_file({"latents": latents, "tokens": tokens}, folder / "pairs.safetensors")
@@ -84,10 +86,12 @@ def grown(pack, tmp_path_factory):
                 trainer.save()
                 target = pack.models / ("loras" if one.lora else "diffusion_models")
                 target.mkdir(parents=True, exist_ok=True)
-                shutil.copy(trainer.path, target)
+                placed.append(Path(shutil.copy(trainer.path, target)))
         levels = branching.load_model(recipe.model).levels
         branching.describe(recipe, levels, folder)
         yield SimpleNamespace(recipe=recipe, whole=whole, folder=folder, levels=levels)
+    for path in placed:  # other tests look at the whole folder
+        path.unlink()
 
 
 @pytest.fixture(scope="module")
