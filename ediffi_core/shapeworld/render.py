@@ -2,8 +2,8 @@
 
 A pixel is the average of the continuous scene over its square, so a small picture equals the area-downsampled large
 one: edges through signed distances (negative inside), waves through their exact average (a sinc per axis).
-The patterns of styles lie on the whole picture, as on printed paper, and objects show their part of it. Patterns that moved
-with each object took a small network several times as long to learn.
+The patterns of styles lie on the whole picture, as on printed paper, and objects show their part of it: so a
+pattern follows from style and position alone.
 What lies beyond 32 cycles per image (paper, weave, the ink line) shows at 256 and 1024 only.
 """
 

@@ -28,7 +28,7 @@ def test_a_whitened_projection_hears_faint_directions_as_well_as_loud_ones():
         values = torch.linalg.svdvals(projection(embeddings).detach().double())[:12]
         return values[0] / values[10]  # LayerNorm takes one direction
 
-    assert spread(plain) > 10
+    assert spread(plain) > 30
     assert spread(white) < 3
     assert abs(white(embeddings).square().mean().item() - 1) < 0.01
 
