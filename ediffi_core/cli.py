@@ -28,11 +28,11 @@ ELSEWHERE = {  # commands whose options are their module's
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in ELSEWHERE:
-        module, _ = ELSEWHERE[arguments[0]]
-        return import_module(f"{__package__}.{module}").main(arguments[1:])
-    options = parser().parse_args(arguments)
     try:
+        if arguments and arguments[0] in ELSEWHERE:
+            module, _ = ELSEWHERE[arguments[0]]
+            return import_module(f"{__package__}.{module}").main(arguments[1:])
+        options = parser().parse_args(arguments)
         options.run(options)
     except (ValueError, FileNotFoundError) as error:
         print(f"ediffi: {error}", file=sys.stderr)

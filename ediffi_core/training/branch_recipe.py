@@ -1,7 +1,6 @@
 """Recipes of `branching`: the model that is branched, its tree of experts, and the noise levels it knows."""
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,16 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 import torch
 from torch import Tensor
 
 from ..intervals import NoiseInterval, check_partition, complement
-from .recipe import Optimizer
+from .recipe import Optimizer, read_toml
 
 MOST = 6  # experts that eDiff-I Expert Ensemble joins
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -217,12 +211,7 @@ class BranchRecipe:
 def read_branch_recipe(path: str | Path) -> BranchRecipe:
     """Read a TOML recipe. Raises FileNotFoundError, or ValueError naming the entry that is not understood."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no recipe {path}. Recipes are TOML files; see recipes/branch_sd15.toml.")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path.name} is not valid TOML: {error}.") from error
+    values = read_toml(path)
     try:
         model, data = Source(**values.pop("model")), Captioned(**values.pop("data"))
         lora = Lora(**_tuples(values.pop("lora"))) if "lora" in values else None

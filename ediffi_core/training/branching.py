@@ -14,7 +14,6 @@ was not. Files appear whole or not at all. The libraries diffusers, peft and tra
 import argparse
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -486,14 +485,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    options = parser.parse_args(arguments)
-    try:
-        run(options)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"ediffi: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    run(parser.parse_args(arguments))
     return 0
 
 
@@ -527,16 +519,12 @@ def _drive(trainer: BranchTrainer, save_every: int) -> None:
     if trainer.step >= trainer.node.steps:
         print(f"{name}: already finished at step {trainer.step}", flush=True)
         return
-    try:
-        for progress in trainer.train():
-            smooth = progress.loss if smooth is None else smooth + 0.02 * (progress.loss - smooth)
-            if progress.step % 50 == 0 or progress.step == progress.steps:
-                print(f"{name} {progress.step}/{progress.steps} loss {smooth:.5f}", flush=True)
-            if progress.step % save_every == 0 and progress.step < progress.steps:
-                trainer.save()
-    finally:
-        trainer.save()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    for (
+        progress
+    ) in trainer.train():  # saved between steps only: one that is interrupted has half of its weights changed
+        smooth = progress.loss if smooth is None else smooth + 0.02 * (progress.loss - smooth)
+        finished = progress.step == progress.steps
+        if progress.step % 50 == 0 or finished:
+            print(f"{name} {progress.step}/{progress.steps} loss {smooth:.5f}", flush=True)
+        if progress.step % save_every == 0 or finished:
+            trainer.save()

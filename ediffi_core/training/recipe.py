@@ -201,15 +201,20 @@ class Recipe:
         raise ValueError(f"The recipe {self.name} has no node {name!r}. Its nodes are {known}.")
 
 
-def read_recipe(path: str | Path) -> Recipe:
-    """Read a TOML recipe. Raises FileNotFoundError, or ValueError naming the entry that is not understood."""
-    path = Path(path)
+def read_toml(path: Path) -> dict[str, Any]:
+    """The entries of a recipe, of whatever kind. Raises FileNotFoundError, or ValueError for a file that is no TOML."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {path}. Recipes are TOML files; see the folder recipes/.")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path.name} is not valid TOML: {error}.") from error
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a TOML recipe. Raises FileNotFoundError, or ValueError naming the entry that is not understood."""
+    path = Path(path)
+    values = read_toml(path)
     try:
         stage = values.get("stage", "base")
         if stage not in KINDS:

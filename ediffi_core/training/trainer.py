@@ -57,20 +57,12 @@ class Progress(NamedTuple):
     )
 
 
-def denoising_loss(
-    denoiser: Denoiser,
-    images: Tensor,
-    conditioning: Conditioning,
-    sigma: Tensor,
-    noise: Tensor,
-    attend: Attend = attend,
-    deviation: Tensor | None = None,
-) -> Tensor:
+def denoising_loss(*batch, **options) -> Tensor:
     """E lambda(sigma) |D(image + sigma noise; c, sigma) - image|^2, mean over all pixels (eDiff-I, Sec. 3).
 
-    deviation: (B, 1, 1, 1), takes sigma_data's place in lambda for a network that works around its low-res image.
+    Takes what `weighted_errors` takes.
     """
-    return weighted_errors(denoiser, images, conditioning, sigma, noise, attend, deviation).mean()
+    return weighted_errors(*batch, **options).mean()
 
 
 def weighted_errors(
@@ -82,7 +74,10 @@ def weighted_errors(
     attend: Attend = attend,
     deviation: Tensor | None = None,
 ) -> Tensor:
-    """What `denoising_loss` is the mean of, (B, 3, H, W)."""
+    """What `denoising_loss` is the mean of, (B, 3, H, W).
+
+    deviation: (B, 1, 1, 1), takes sigma_data's place in lambda for a network that works around its low-res image.
+    """
     level = sigma[:, None, None, None]
     denoised = denoiser(images + level * noise, sigma, conditioning, attend)
     weight = loss_weight(level, denoiser.sigma_data if deviation is None else deviation)

@@ -1,8 +1,9 @@
 """First weights that let a network hear all of an embedding.
 
 The numbers of an encoder's output go together: of the mean of the demo T5's 128, one direction carries 2,000 times the
-variance of the typical one. A random linear map passes that on, and training follows the loud directions first. Here the map begins by undoing it: after it, all directions of the pairs'
-embeddings are equally loud, as far as they are not mere rounding. docs/demo.md has what this changes.
+variance of the typical one. A random linear map passes that on, and training follows the loud directions first. Here the map
+begins by undoing it: after it, all directions of the pairs' embeddings are equally loud, as far as they are not mere
+rounding. docs/demo.md has what this changes.
 """
 
 import torch

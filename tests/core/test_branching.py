@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ediffi_core import cli
 from ediffi_core.intervals import NoiseInterval
 from ediffi_core.training import branching, latents
 from ediffi_core.training.branch_recipe import (
@@ -390,7 +391,7 @@ def test_experts_grow_better_than_their_base_and_each_better_than_the_other(base
     (tmp_path / "base" / "scheduler").symlink_to(base / "scheduler")
 
     path = write_recipe(tmp_path / "two.toml", tmp_path / "base", pairs_file)
-    assert branching.main([str(path), "--folder", str(tmp_path / "runs")]) == 0
+    assert cli.main(["branch", str(path), "--folder", str(tmp_path / "runs")]) == 0
     folder = tmp_path / "runs" / "two"
     described = json.loads((folder / "experts.json").read_text())
     losses = described["held_out_losses"]
@@ -411,15 +412,15 @@ def test_experts_grow_better_than_their_base_and_each_better_than_the_other(base
     printed = capsys.readouterr().out
     assert f"boundary_1  {border:g}" in printed
 
-    assert branching.main([str(path), "--folder", str(tmp_path / "runs")]) == 0
+    assert cli.main(["branch", str(path), "--folder", str(tmp_path / "runs")]) == 0
     assert "high: already finished at step 40" in capsys.readouterr().out
 
 
 def test_the_command_says_what_is_missing(tmp_path, capsys):
-    assert branching.main([str(tmp_path / "none.toml")]) == 1
+    assert cli.main(["branch", str(tmp_path / "none.toml")]) == 1
     assert "There is no recipe" in capsys.readouterr().err
     (tmp_path / "some.toml").write_text(TEXT.replace("pairs.safetensors", str(tmp_path / "pairs")))
-    assert branching.main([str(tmp_path / "some.toml"), "--folder", str(tmp_path)]) == 1
+    assert cli.main(["branch", str(tmp_path / "some.toml"), "--folder", str(tmp_path)]) == 1
     assert "There are no pairs" in capsys.readouterr().err
 
 
