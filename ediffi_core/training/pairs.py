@@ -2,7 +2,7 @@
 
 A shard is a safetensors file of a few thousand pairs. Tokens of all captions lie end to end, (tokens, E) float16, with
 the length of each beside them, so padding is not stored. Pictures are (n, H, W, 3) uint8. Beside each lies the number of
-its style. Shards are read where they lie: the system keeps in memory what is used often, as far as there is room.
+its style and, of Shapeworld, where its objects are and which tokens are about them. Shards are read where they lie: the system keeps in memory what is used often, as far as there is room.
 """
 
 import json
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..conditioning import Conditioning
 from ..super_resolution import FACTOR
+from .grounding import Objects, objects_of
 from .recipe import Data
 
 SHARD = 2048  # pairs per file
@@ -32,12 +33,13 @@ NAMES = (
     "image",
     *(f"{name}_{of}" for name in TOKENS for of in ("tokens", "lengths")),
 )
+OBJECTS = {f"objects_{name}": name for name in ("discs", "clip", "t5")}  # where pictures have them
 VIEW = 64  # pixels a side of a whole picture of which only a window is kept
 
 
 def shapeworld_pairs(data: Data, shard: int, count: int):
     """Of one shard: what is kept of the pictures, (count, H, W, 3) uint8; the whole pictures for the image encoder, uint8
-    too; their styles, (count,) uint8; and their captions.
+    too; their styles, (count,) uint8; their captions; and the scenes.
 
     The same for the same arguments, whatever else ran.
     """
@@ -45,7 +47,7 @@ def shapeworld_pairs(data: Data, shard: int, count: int):
     from ..shapeworld.world import STYLES
 
     rng = np.random.default_rng([data.seed, shard])
-    side, captions = data.kept, []
+    side, captions, scenes = data.kept, [], []
     pictures, styles = np.empty((count, side, side, 3), np.uint8), np.empty(count, np.uint8)
     wholes = pictures if data.window is None else np.empty((count, VIEW, VIEW, 3), np.uint8)
     for start in range(0, count, data.windows):
@@ -54,6 +56,7 @@ def shapeworld_pairs(data: Data, shard: int, count: int):
         styles[rows] = STYLES.index(scene.style)
         words = caption(scene, rng, "long" if rng.random() < data.long_share else "short")
         captions += [words] * len(rows)
+        scenes += [scene] * len(rows)
         if data.window is None:
             pictures[start] = as_uint8(render(scene, data.resolution))
             continue
@@ -61,7 +64,7 @@ def shapeworld_pairs(data: Data, shard: int, count: int):
         for row in rows:
             left, top = FACTOR * rng.integers((data.resolution - side) // FACTOR + 1, size=2)
             pictures[row] = as_uint8(render(scene, data.resolution, (left, top, side, side)))
-    return *(torch.from_numpy(array) for array in (pictures, wholes, styles)), captions
+    return *(torch.from_numpy(array) for array in (pictures, wholes, styles)), captions, scenes
 
 
 def write_shards(
@@ -79,8 +82,11 @@ def write_shards(
         path = folder / f"pairs-{shard:05d}.safetensors"
         size = min(SHARD, count - start)
         if not is_whole(path):
-            pictures, wholes, styles, captions = shapeworld_pairs(data, shard, size)
+            pictures, wholes, styles, captions, scenes = shapeworld_pairs(data, shard, size)
             tensors = {"pictures": pictures, "styles": styles}
+            if data.window is None:
+                objects = objects_of(scenes, captions, encoders)
+                tensors |= {key: getattr(objects, name) for key, name in OBJECTS.items()}
             write_shard(path, tensors | embedded(encoders, wholes, [c.text for c in captions], batch), worker)
         yield start + size, count
 
@@ -170,6 +176,7 @@ class Pairs:
     clip_pooled: Tensor | Joined  # (n, E)
     image: Tensor | Joined  # (n, E)
     styles: Tensor  # (n,) uint8: pictures with the same number look alike
+    objects: Objects | None = None  # of all pictures, where they are known
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -264,6 +271,9 @@ def read_shards(folder: str | Path, network=None) -> Pairs:
         clip_pooled=Joined([shard["clip_pooled"] for shard in shards]),
         image=Joined([shard["image"] for shard in shards]),
         styles=torch.cat([shard["styles"] for shard in shards]),
+        objects=Objects(**{name: torch.cat([shard[key] for shard in shards]) for key, name in OBJECTS.items()})
+        if all(OBJECTS.keys() <= shard.keys() for shard in shards)
+        else None,
     )
 
 
@@ -282,7 +292,8 @@ def _opened(path: Path) -> dict[str, Tensor]:
     """The tensors of a shard, mapped into memory but not read."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in NAMES}
+            objects = OBJECTS if OBJECTS.keys() <= set(file.keys()) else ()
+            return {name: file.get_tensor(name) for name in (*NAMES, *objects)}
     except SafetensorError as error:
         raise ValueError(
             f"The prepared shard {path} cannot be read ({error}): it was cut short or is no shard. Run ediffi prepare again, "

@@ -161,6 +161,7 @@ class Node:
     learning_rate: float | None = None  # None: the recipe's
     noise_mean: float | None = None  # of ln sigma; None: the recipe's
     noise_std: float | None = None
+    grounding: float = 0.0  # weight of `grounding_loss`; ours, needs pictures whose objects are known
     seed: int = 0
 
     @property

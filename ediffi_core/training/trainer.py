@@ -37,6 +37,7 @@ from ..intervals import NoiseInterval
 from ..preconditioning import SIGMA_DATA, Denoiser, loss_weight
 from ..super_resolution import FACTOR, upsampled
 from .degradation import degraded
+from .grounding import Objects, Watched, grounding_loss
 from .optimizers import Muon, matrices
 from .pairs import Pairs
 from .recipe import Node, Recipe
@@ -49,7 +50,7 @@ DECADES = range(-3, 3)  # of sigma: d is [10^d, 10^(d+1)); the outermost hold wh
 class Progress(NamedTuple):
     step: int  # steps done
     steps: int
-    loss: float  # of this step's batch; 1 is what an untrained network scores
+    loss: float  # the denoising loss of this step's batch; 1 is what an untrained network scores
     gradient_norm: float  # before it is clipped
     learning_rate: float | None = None
     decades: dict[int, tuple[int, float]] | None = (
@@ -84,21 +85,36 @@ def weighted_errors(
     return weight * (denoised - images) ** 2
 
 
-class Objective(nn.Module):
-    """The loss of a batch, (), and of each of its rows, (B,), as one call: where processes share gradients, they do so
-    around it."""
+class Batch(NamedTuple):
+    images: Tensor  # (B, 3, H, W)
+    conditioning: Conditioning
+    sigma: Tensor  # (B,)
+    noise: Tensor  # (B, 3, H, W), of deviation 1
+    objects: Objects | None  # where grounding asks for them
 
-    def __init__(self, denoiser: Denoiser, around: bool = False) -> None:
+
+class Objective(nn.Module):
+    """What a batch is trained on, (), and the denoising loss of each of its rows, (B,), as one call: where processes share
+    gradients, they do so around it.
+
+    around: does the network work around its low-res image? grounding: the weight of `grounding_loss`.
+    """
+
+    def __init__(self, denoiser: Denoiser, around: bool = False, grounding: float = 0.0) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.around = around  # does the network work around its low-res image?
+        self.around = around
+        self.grounding = grounding
 
-    def forward(
-        self, images: Tensor, conditioning: Conditioning, sigma: Tensor, noise: Tensor, attend: Attend = attend
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, attend: Attend = attend) -> tuple[Tensor, Tensor]:
+        images, conditioning, sigma, noise, objects = batch
+        watched = Watched() if self.grounding else attend
         deviation = self.denoiser.network.deviation(conditioning) if self.around else None
-        errors = weighted_errors(self.denoiser, images, conditioning, sigma, noise, attend, deviation)
-        return errors.mean(), errors.detach().flatten(1).mean(1)
+        errors = weighted_errors(self.denoiser, images, conditioning, sigma, noise, watched, deviation)
+        loss = errors.mean()
+        if self.grounding:
+            loss = loss + self.grounding * grounding_loss(watched.kept, objects, conditioning)
+        return loss, errors.detach().flatten(1).mean(1)
 
 
 class Engine:
@@ -260,7 +276,12 @@ class Trainer:
         if self.state_path.is_file():
             self._resume()
         around = recipe.stage != "base" and recipe.network.residual
-        self.objective = self.engine.prepare(Objective(self.denoiser, around))
+        if node.grounding and pairs.objects is None:
+            raise ValueError(
+                f"Node {node.name} has grounding, but where the objects of these pictures are is not known. Set grounding to 0, "
+                f"or prepare pictures of Shapeworld again."
+            )
+        self.objective = self.engine.prepare(Objective(self.denoiser, around, node.grounding))
         self.engine.mean(torch.zeros(1))  # wait until all have read the files
 
     @property
@@ -297,7 +318,7 @@ class Trainer:
         for part in range(self.accumulate):
             last = part == self.accumulate - 1
             with nullcontext() if last else self.engine.apart(self.objective):
-                scores += self._backward(*self._share_of(batch, part)) / self.accumulate
+                scores += self._backward(self._share_of(batch, part)) / self.accumulate
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -315,27 +336,29 @@ class Trainer:
         }
         return Progress(index + 1, self.node.steps, loss, norm.item(), rate, decades)
 
-    def _backward(self, images: Tensor, conditioning: Conditioning, sigma: Tensor, noise: Tensor) -> Tensor:
+    def _backward(self, batch: Batch) -> Tensor:
         """Adds to the gradients. Returns the loss, then for each of `DECADES` the share of rows in it, then that times
         their mean loss: all of which average over parts of a batch."""
         kind = torch.device(self.device).type
         by = attend_by_products if self.low and kind == "cpu" else attend
         with torch.autocast(kind, torch.bfloat16, enabled=self.low):
-            loss, rows = self.objective(images, conditioning, sigma, noise, by)
+            loss, rows = self.objective(batch, by)
         (loss / self.accumulate).backward()
+        sigma = batch.sigma
         decade = sigma.log10().floor().clamp(DECADES[0], DECADES[-1]).long() - DECADES[0]
         within = F.one_hot(decade, len(DECADES)).float() / len(sigma)  # (B, decades)
-        return torch.cat([loss.detach()[None], within.sum(0), rows @ within])
+        return torch.cat([rows.mean()[None], within.sum(0), rows @ within])
 
-    def _share_of(self, batch: tuple[Tensor, Conditioning, Tensor, Tensor], part: int) -> tuple:
+    def _share_of(self, batch: Batch, part: int) -> Batch:
         """This process's rows of a part of the batch, on its device."""
         size = self.node.batch // (self.engine.processes * self.accumulate)
         first = (part * self.engine.processes + self.engine.rank) * size
-        images, conditioning, sigma, noise = batch
-        images, sigma, noise = (one[first : first + size].to(self.device) for one in (images, sigma, noise))
-        return images, conditioning.rows(slice(first, first + size)).to(self.device), sigma, noise
+        rows = slice(first, first + size)
+        images, sigma, noise = (one[rows].to(self.device) for one in (batch.images, batch.sigma, batch.noise))
+        conditioning, objects = (one and one.rows(rows).to(self.device) for one in (batch.conditioning, batch.objects))
+        return Batch(images, conditioning, sigma, noise, objects)
 
-    def _draw(self, index: int) -> tuple[Tensor, Conditioning, Tensor, Tensor]:
+    def _draw(self, index: int) -> Batch:
         """The whole batch of a step, the same in every process."""
         generator = torch.Generator().manual_seed(self._seed(index))
         batch, rates = self.node.batch, self.recipe.dropout
@@ -359,7 +382,8 @@ class Trainer:
         noise = torch.randn(images.shape, generator=generator)
         if self.recipe.stage != "base":
             conditioning = conditioning.with_low_res(*low_res_of(images, self.recipe, generator))
-        return images, conditioning, sigma, noise
+        objects = self.pairs.objects.rows(rows) if self.node.grounding else None
+        return Batch(images, conditioning, sigma, noise, objects)
 
     def _seed(self, index: int) -> int:
         """A seed for step `index`; distinct for each recipe seed, node seed and step."""

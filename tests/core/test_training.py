@@ -3,39 +3,23 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import TINY, random_conditioning, tiny_network
+from tiny import random_conditioning, tiny_network, tiny_node, tiny_pairs
+from tiny import tiny_recipe as recipe
 
 from ediffi_core.checkpoint import load_ensemble, read_header
 from ediffi_core.intervals import EVERYTHING, NoiseDistribution
 from ediffi_core.preconditioning import Denoiser
 from ediffi_core.shapeworld.world import STYLES
-from ediffi_core.training.pairs import Pairs, shapeworld_pairs
-from ediffi_core.training.recipe import Data, Dropout, Node, Optimizer, Recipe, read_recipe
+from ediffi_core.training.pairs import shapeworld_pairs
+from ediffi_core.training.recipe import Data, Dropout, Node, Optimizer, read_recipe
 from ediffi_core.training.trainer import Trainer, denoising_loss, export, learning_rate_share
 
-NODE = Node("shared", steps=6, batch=4)
-
-
-def recipe(*nodes, **changes):
-    optimizer = Optimizer(learning_rate=1e-3, warmup=2, final=0.1, ema=0.9)
-    return Recipe("tiny", TINY, Data("none", 32), nodes or (NODE,), optimizer=optimizer, **changes)
+NODE = tiny_node()
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    """32 small pictures of one colour each, with captions of random length."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = {name: torch.randint(1, 6, (32,), generator=generator) for name in ("clip", "t5")}
-    starts = {name: torch.cat([torch.zeros(1, dtype=torch.long), one.cumsum(0)]) for name, one in lengths.items()}
-    widths = {"clip": TINY.clip_width, "t5": TINY.t5_width}
-    return Pairs(
-        pictures=torch.randint(0, 256, (32, 1, 1, 3), dtype=torch.uint8, generator=generator).expand(-1, 8, 8, -1),
-        tokens={name: torch.randn(int(starts[name][-1]), widths[name], generator=generator).half() for name in lengths},
-        starts=starts,
-        clip_pooled=torch.randn(32, TINY.pooled_width, generator=generator).half(),
-        image=torch.randn(32, TINY.image_width, generator=generator).half(),
-        styles=torch.arange(32).remainder(3).to(torch.uint8),
-    )
+    return tiny_pairs()
 
 
 def weights(trainer):
@@ -98,7 +82,7 @@ def test_a_child_starts_from_its_parents_averaged_weights(pairs, tmp_path):
 
 def test_an_expert_is_trained_on_its_own_noise_only(pairs, tmp_path):
     trainer = Trainer(recipe(), Node("middle", 5, 64, excludes=((9, 511), (3, 0))), pairs, tmp_path)
-    _, _, sigma, _ = trainer._draw(0)
+    sigma = trainer._draw(0).sigma
     assert sigma.min() >= 0.0757
     assert sigma.max() < 9.61
 
@@ -106,7 +90,7 @@ def test_an_expert_is_trained_on_its_own_noise_only(pairs, tmp_path):
 def test_each_embedding_is_dropped_at_its_own_rate(pairs, tmp_path):
     node = Node("shared", 5, 4000)
     trainer = Trainer(recipe(node, dropout=Dropout(clip=0.2, t5=0.5, image=0.9)), node, pairs, tmp_path)
-    _, conditioning, _, _ = trainer._draw(0)
+    conditioning = trainer._draw(0).conditioning
     clip, t5 = (~mask.any(1) for mask in (conditioning.clip_mask, conditioning.t5_mask))
     image = conditioning.image_strength == 0
     shares = [one.float().mean().item() for one in (clip, t5, image, clip & t5 & image)]
@@ -116,7 +100,7 @@ def test_each_embedding_is_dropped_at_its_own_rate(pairs, tmp_path):
 def test_pooled_text_alone_is_dropped_at_its_own_rate(pairs, tmp_path):
     node = Node("shared", 5, 4000)
     trainer = Trainer(recipe(node, dropout=Dropout(clip=0.2, pooled=0.5, t5=0, image=0)), node, pairs, tmp_path)
-    _, conditioning, _, _ = trainer._draw(0)
+    conditioning = trainer._draw(0).conditioning
     tokens, pooled = conditioning.clip_mask.any(1), conditioning.clip_pooled.abs().sum(1) > 0
     assert not (pooled & ~tokens).any()
     shares = [one.float().mean().item() for one in (tokens, pooled, tokens & ~pooled)]
@@ -167,15 +151,16 @@ def test_a_batch_of_pairs_is_padded_to_its_longest_caption(pairs):
 
 def test_shapeworld_pairs_are_the_same_for_the_same_seed_and_shard():
     data = Data("none", 100, seed=3)
-    (pictures, wholes, styles, captions), (again, *_), (other, *_) = (
+    (pictures, wholes, styles, captions, scenes), (again, *_), (other, *_) = (
         shapeworld_pairs(data, shard, 4) for shard in (0, 0, 1)
     )
     assert torch.equal(pictures, again)
     assert wholes is pictures or torch.equal(wholes, pictures)
     assert not torch.equal(pictures, other)
     assert all(caption.text for caption in captions)
-    for caption, style in zip(captions, styles, strict=True):
+    for caption, style, scene in zip(captions, styles, scenes, strict=True):
         assert caption.claims.style in (None, STYLES[style])
+        assert scene.style == STYLES[style]
 
 
 def test_references_are_other_pictures_of_the_same_style(pairs):
@@ -269,7 +254,7 @@ def test_a_batch_holds_captions_of_like_length_and_every_pair_is_as_likely(pairs
     trainer = Trainer(recipe(node), node, pairs, tmp_path)
     seen, spread = torch.zeros(len(pairs)), []
     for step in range(400):
-        images, conditioning, _, _ = trainer._draw(step)
+        images, conditioning, *_ = trainer._draw(step)
         lengths = conditioning.clip_mask.sum(1) + conditioning.t5_mask.sum(1)
         spread.append((lengths.max() - lengths.min()).item())
         for image in images:

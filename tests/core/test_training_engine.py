@@ -368,7 +368,7 @@ def test_an_error_in_a_step_saves_nothing(runs, monkeypatch):
 
 def test_progress_names_the_loss_at_each_decade_of_sigma(runs):
     trainer = trainer_in(runs, accumulate=2)
-    images, conditioning, sigma, noise = trainer._draw(0)
+    images, conditioning, sigma, noise, _ = trainer._draw(0)
     expected = defaultdict(list)
     for row in range(8):
         one = slice(row, row + 1)

@@ -5,6 +5,7 @@ import functools
 import http.server
 import io
 import json
+import re
 import shutil
 import tarfile
 import threading
@@ -19,7 +20,7 @@ from tiny import TINY
 
 import ediffi_core.encoders
 from ediffi_core.cli import main
-from ediffi_core.encoders import TextEmbeddings
+from ediffi_core.encoders import PromptTokens, TextEmbeddings, Tokens
 from ediffi_core.shapeworld import as_uint8, caption, random_scene, render
 from ediffi_core.training import webdata
 from ediffi_core.training.pairs import Joined, read_shards, shapeworld_pairs, write_shards
@@ -46,6 +47,12 @@ class TinyEncoders:
 
     def __init__(self, broken_after=None):
         self.texts, self.broken_after = [], broken_after
+
+    def tokens(self, texts):
+        spans = [[match.span() for match in re.finditer(r"\S+", text)] for text in texts]
+        return [
+            PromptTokens(*2 * [Tokens([0] * len(of), of, len(text), 0)]) for text, of in zip(texts, spans, strict=True)
+        ]
 
     def encode_text(self, texts):
         if self.broken_after is not None and len(self.texts) >= self.broken_after:
@@ -528,7 +535,7 @@ def test_rendered_pairs_are_what_was_rendered(tmp_path):
     encoders.image_size = 16
     list(write_shards(tmp_path, encoders, data))
     pairs = read_shards(tmp_path, TINY)
-    pictures, _, styles, captions = shapeworld_pairs(data, 0, 5)
+    pictures, _, styles, captions, _ = shapeworld_pairs(data, 0, 5)
     assert torch.equal(pairs.pictures[torch.arange(5)], pictures)
     assert torch.equal(pairs.styles, styles)
     assert encoders.texts == [one.text for one in captions]

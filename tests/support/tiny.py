@@ -7,6 +7,8 @@ import torch
 from ediffi_core.conditioning import Conditioning
 from ediffi_core.efficient_unet import PRESETS as SR_PRESETS
 from ediffi_core.efficient_unet import EfficientUNet
+from ediffi_core.training.pairs import Pairs
+from ediffi_core.training.recipe import Data, Node, Optimizer, Recipe
 from ediffi_core.unet import PRESETS, NetworkConfig, UNet
 
 TINY = PRESETS["tiny"]
@@ -56,3 +58,28 @@ def random_super_resolution(
     low_res = torch.rand((batch, 3, height, width), generator=generator) * 2 - 1
     conditioning = random_conditioning(batch, **choices)
     return conditioning.with_low_res(low_res, torch.full((batch,), augmentation_sigma))
+
+
+def tiny_node(**changes) -> Node:
+    return Node(**{"name": "shared", "steps": 6, "batch": 4, **changes})
+
+
+def tiny_recipe(*nodes: Node, **changes) -> Recipe:
+    optimizer = Optimizer(learning_rate=1e-3, warmup=2, final=0.1, ema=0.9)
+    return Recipe("tiny", TINY, Data("none", 32), nodes or (tiny_node(),), optimizer=optimizer, **changes)
+
+
+def tiny_pairs() -> Pairs:
+    """32 small pictures of one colour each, with captions of random length."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = {name: torch.randint(1, 6, (32,), generator=generator) for name in ("clip", "t5")}
+    starts = {name: torch.cat([torch.zeros(1, dtype=torch.long), one.cumsum(0)]) for name, one in lengths.items()}
+    widths = {"clip": TINY.clip_width, "t5": TINY.t5_width}
+    return Pairs(
+        pictures=torch.randint(0, 256, (32, 1, 1, 3), dtype=torch.uint8, generator=generator).expand(-1, 8, 8, -1),
+        tokens={name: torch.randn(int(starts[name][-1]), widths[name], generator=generator).half() for name in lengths},
+        starts=starts,
+        clip_pooled=torch.randn(32, TINY.pooled_width, generator=generator).half(),
+        image=torch.randn(32, TINY.image_width, generator=generator).half(),
+        styles=torch.arange(32).remainder(3).to(torch.uint8),
+    )
