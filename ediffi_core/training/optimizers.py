@@ -1,11 +1,12 @@
-"""Optimizers: Muon for the matrices inside a network, AdamW for the rest.
+"""Optimizers: Muon for the matrices inside a network, AdamW for the rest, of which projections may be trained behind a change
+of basis.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) turns the momentum of each weight matrix into the nearest matrix
 whose singular values are all about 1, so every direction learns at one pace. On a small U-Net it needs half of AdamW's steps
 for the same loss (docs/demo.md).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,28 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalised(ahead).view_as(parameter).to(parameter.dtype)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * RMS * max(ahead.shape) ** 0.5)
+
+
+class WhitenedAdamW(torch.optim.AdamW):
+    """AdamW on V instead of the weight W = V P (out, in), where P (in, in), symmetric, whitens what the layer is given.
+
+    What is faint in the input then learns as fast as what is loud. W is all that is kept.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], whiteners: Sequence[Tensor], **settings) -> None:
+        super().__init__(parameters, **settings)
+        self.whiteners = dict(zip(parameters, whiteners, strict=True))
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        kept = {}
+        for group in self.param_groups:
+            for parameter in (one for one in group["params"] if one.grad is not None):
+                parameter.grad = parameter.grad @ self.whiteners[parameter]
+                kept[parameter] = parameter * (1 - group["lr"] * group["weight_decay"])
+        super().step(closure)
+        for parameter, before in kept.items():
+            parameter.copy_(before + (parameter - before) @ self.whiteners[parameter])
 
 
 def matrices(network: nn.Module) -> set[str]:

@@ -161,6 +161,7 @@ class Node:
     learning_rate: float | None = None  # None: the recipe's
     noise_mean: float | None = None  # of ln sigma; None: the recipe's
     noise_std: float | None = None
+    whiten: bool = False  # train projections of embeddings as if all directions were equally loud; ours
     grounding: float = 0.0  # weight of `grounding_loss`; ours, needs pictures whose objects are known
     seed: int = 0
 
@@ -184,7 +185,6 @@ class Recipe:
     dropout: Dropout = field(default_factory=Dropout)
     sampler: dict[str, Any] = field(default_factory=dict)  # recommended settings, written into ensemble.json
     seed: int = 0
-    whiten: bool = False  # first weights that make all directions of the embeddings equally loud; ours
     stage: str = "base"
     degradation: Degradation = field(default_factory=Degradation)  # of the low-res image of super-resolution stages
     augmentation: Augmentation = field(default_factory=Augmentation)

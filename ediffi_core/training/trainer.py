@@ -38,10 +38,10 @@ from ..preconditioning import SIGMA_DATA, Denoiser, loss_weight
 from ..super_resolution import FACTOR, upsampled
 from .degradation import degraded
 from .grounding import Objects, Watched, grounding_loss
-from .optimizers import Muon, matrices
+from .optimizers import Muon, WhitenedAdamW, matrices
 from .pairs import Pairs
 from .recipe import Node, Recipe
-from .whitening import whiten
+from .whitening import whiten, whiteners
 
 POOL = 8  # batches that are drawn together
 DECADES = range(-3, 3)  # of sigma: d is [10^d, 10^(d+1)); the outermost hold what is beyond them too
@@ -247,8 +247,12 @@ class Trainer:
         with torch.random.fork_rng():  # layers draw their first weights from the global generator; leave it as it was
             torch.manual_seed(self._seed(-1))
             self.network = KINDS[recipe.stage].network(recipe.network).initialise()
-        if recipe.whiten and node.parent is None:
-            whiten(self.network, pairs, torch.Generator().manual_seed(self._seed(-2)))
+        white = {}
+        if node.whiten:
+            generator = torch.Generator().manual_seed(self._seed(-2))
+            white = whiteners(self.network, pairs, generator)
+            for projection, matrix in white.items() if node.parent is None else ():
+                whiten(projection, matrix, generator)
         self.network.to(self.device)
         self.step = 0
         if node.parent is not None and not self.state_path.is_file():
@@ -258,20 +262,22 @@ class Trainer:
         self.noise = replace(recipe.noise, **{name: value for name, value in own.items() if value is not None})
         settings = recipe.optimizer
         self.learning_rate = node.learning_rate if node.learning_rate is not None else settings.learning_rate
-        inner = matrices(self.network) if settings.name == "muon" else set()
-        named = list(self.network.named_parameters())
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                [parameter for name, parameter in named if name not in inner],
-                lr=self.learning_rate,
-                betas=(settings.beta_1, settings.beta_2),
-                weight_decay=settings.weight_decay,
-                fused=True,
-            )
-        ]
-        if inner:
-            by_muon = [parameter for name, parameter in named if name in inner]
-            self.optimizers.append(Muon(by_muon, self.learning_rate, weight_decay=settings.weight_decay))
+        named = dict(self.network.named_parameters())
+        by_muon = matrices(self.network) if settings.name == "muon" else set()
+        white = {projection.linear.weight: matrix.to(self.device) for projection, matrix in white.items()}
+        others = [one for name, one in named.items() if name not in by_muon and one not in white]
+        adam = {
+            "lr": self.learning_rate,
+            "betas": (settings.beta_1, settings.beta_2),
+            "weight_decay": settings.weight_decay,
+            "fused": True,
+        }
+        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, **adam)]
+        if white:
+            self.optimizers.append(WhitenedAdamW(list(white), list(white.values()), **adam))
+        if by_muon:
+            inner = [one for name, one in named.items() if name in by_muon]
+            self.optimizers.append(Muon(inner, self.learning_rate, weight_decay=settings.weight_decay))
         self.denoiser = Denoiser(self.network, SIGMA_DATA)
         if self.state_path.is_file():
             self._resume()

@@ -2,7 +2,7 @@ import torch
 from tiny import tiny_network
 from torch import nn
 
-from ediffi_core.training.optimizers import RMS, Muon, matrices, orthogonalised
+from ediffi_core.training.optimizers import RMS, Muon, WhitenedAdamW, matrices, orthogonalised
 
 
 def test_an_orthogonalised_matrix_has_singular_values_of_about_1():
@@ -45,3 +45,49 @@ def test_muon_trains_inner_matrices_only():
     assert "down.0.residual.conv_in.weight" in names
     assert not {"stem.weight", "conv_out.weight", "null.weight", "noise.dense_0.weight"} & names
     assert all(shapes[name].ndim in (2, 4) for name in names)
+
+
+SETTINGS = {"lr": 0.02, "betas": (0.9, 0.99), "weight_decay": 0.01, "fused": True}
+
+
+def lopsided_problem(seed=0):
+    """What matters is the faint half of the inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(12, 12, generator=generator))[0]
+    clean = torch.randn(512, 12, generator=generator)
+    loudness = torch.tensor([1.0] * 6 + [0.01] * 6)
+    return (clean * loudness) @ basis, clean[:, 6:], (basis.T / loudness) @ basis
+
+
+def train(optimizer, weight, x, wanted, steps=150):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = ((x @ weight.T - wanted) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def test_behind_a_whitener_faint_inputs_are_learned():
+    x, wanted, matrix = lopsided_problem()
+    plain, white = nn.Parameter(torch.zeros(6, 12)), nn.Parameter(torch.zeros(6, 12))
+    lost = train(torch.optim.AdamW([plain], **SETTINGS), plain, x, wanted)
+    found = train(WhitenedAdamW([white], [matrix], **SETTINGS), white, x, wanted)
+    assert lost > 0.8
+    assert found < 0.05
+
+
+def test_it_is_adamw_on_the_whitened_weight():
+    """W = V P: V is trained by PyTorch's own AdamW, on inputs that P has whitened."""
+    x, wanted, matrix = lopsided_problem(1)
+    v = nn.Parameter(torch.randn(6, 12, generator=torch.Generator().manual_seed(2)))
+    w = nn.Parameter(v.detach() @ matrix)
+    train(torch.optim.AdamW([v], **SETTINGS), v, x @ matrix, wanted, 20)
+    train(WhitenedAdamW([w], [matrix], **SETTINGS), w, x, wanted, 20)
+    assert torch.allclose(w, v @ matrix, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_without_a_gradient_stay():
+    weight = nn.Parameter(torch.ones(2, 3))
+    WhitenedAdamW([weight], [torch.eye(3)], **SETTINGS).step()
+    assert torch.equal(weight, torch.ones(2, 3))
