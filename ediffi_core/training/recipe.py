@@ -161,6 +161,7 @@ class Node:
     learning_rate: float | None = None  # None: the recipe's
     noise_mean: float | None = None  # of ln sigma; None: the recipe's
     noise_std: float | None = None
+    drop_image: float | None = None  # how often the image embedding is dropped; None: as the recipe's dropout says
     whiten: bool = False  # train projections of embeddings as if all directions were equally loud; ours
     grounding: float = 0.0  # weight of `grounding_loss`; ours, needs pictures whose objects are known
     seed: int = 0

@@ -258,8 +258,8 @@ class Trainer:
         if node.parent is not None and not self.state_path.is_file():
             self._start_from(recipe.node(node.parent))
         self.average = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
-        own = {"mean": node.noise_mean, "std": node.noise_std}
-        self.noise = replace(recipe.noise, **{name: value for name, value in own.items() if value is not None})
+        self.noise = _overridden(recipe.noise, mean=node.noise_mean, std=node.noise_std)
+        self.dropout = _overridden(recipe.dropout, image=node.drop_image)
         settings = recipe.optimizer
         self.learning_rate = node.learning_rate if node.learning_rate is not None else settings.learning_rate
         named = dict(self.network.named_parameters())
@@ -367,7 +367,7 @@ class Trainer:
     def _draw(self, index: int) -> Batch:
         """The whole batch of a step, the same in every process."""
         generator = torch.Generator().manual_seed(self._seed(index))
-        batch, rates = self.node.batch, self.recipe.dropout
+        batch, rates = self.node.batch, self.dropout
         # of a few batches' worth of pairs, sorted by the length of their captions, one slice: little is padding, and
         # every pair that is drawn is as likely as any other
         drawn = self.pairs.draw(POOL * batch, generator, self.recipe.data.even_styles)
@@ -494,6 +494,11 @@ class Trainer:
             return read_header(self.path).training.get("steps", 0)
         except (FileNotFoundError, ValueError):
             return -1
+
+
+def _overridden(settings, **own):
+    """The recipe's settings, with those that a node has of its own."""
+    return replace(settings, **{name: value for name, value in own.items() if value is not None})
 
 
 def _flush(path: Path) -> None:

@@ -107,6 +107,15 @@ def test_pooled_text_alone_is_dropped_at_its_own_rate(pairs, tmp_path):
     assert shares == pytest.approx([0.8, 0.4, 0.4], abs=0.03)
 
 
+def test_a_node_may_drop_references_at_a_rate_of_its_own(pairs, tmp_path):
+    shares = []
+    for own in (None, 0.25, 0.0):
+        node = Node("shared", 5, 4000, drop_image=own)
+        trainer = Trainer(recipe(node, dropout=Dropout(image=0.9)), node, pairs, tmp_path / str(own))
+        shares.append((trainer._draw(0).conditioning.image_strength == 0).float().mean().item())
+    assert shares == pytest.approx([0.9, 0.25, 0.0], abs=0.03)
+
+
 def test_the_learning_rate_rises_then_falls():
     shares = [learning_rate_share(step, 100, warmup=10, final=0.1) for step in range(100)]
     assert shares[0] == pytest.approx(0.1)
