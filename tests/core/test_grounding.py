@@ -11,9 +11,9 @@ from ediffi_core.conditioning import CLIP_LENGTH, T5_LENGTH
 from ediffi_core.encoders import load_encoders
 from ediffi_core.preconditioning import Denoiser
 from ediffi_core.shapeworld import caption, random_scene, render
-from ediffi_core.shapeworld.captions import PLACE_WORDS
+from ediffi_core.shapeworld.captions import PLACE_WORDS, STYLE_WORDS
 from ediffi_core.shapeworld.world import COLORS, PLACES, SHAPES
-from ediffi_core.training.grounding import MOST, Objects, Watched, grounding_loss, objects_of, said_of
+from ediffi_core.training.grounding import MOST, Objects, Watched, grounding_loss, objects_of, said_of, said_of_style
 from ediffi_core.training.pairs import read_shards, write_shards
 from ediffi_core.training.recipe import Data
 from ediffi_core.training.trainer import Trainer
@@ -28,7 +28,7 @@ def scene_and_words(seed, form, count=None):
 def objects(conditioning, discs=None):
     """Object 0 is about CLIP's token 0 and T5's 1, object 1 about CLIP's 2; there is no third."""
     batch = len(conditioning)
-    clip, t5 = (torch.zeros(batch, MOST, length, dtype=torch.bool) for length in (CLIP_LENGTH, T5_LENGTH))
+    clip, t5 = (torch.zeros(batch, MOST + 1, length, dtype=torch.bool) for length in (CLIP_LENGTH, T5_LENGTH))
     clip[:, 0, 0] = t5[:, 0, 1] = clip[:, 1, 2] = True
     if discs is None:
         discs = torch.tensor([[0.25, 0.25, 0.2], [0.75, 0.75, 0.2], [0, 0, 0]]).expand(batch, -1, -1)
@@ -49,6 +49,19 @@ def test_what_is_said_of_an_object_names_it_and_its_place_and_nothing_else(form)
                 with_place += 1
                 assert said[1] in PLACE_WORDS[claim.place]
     assert with_place > 50
+
+
+@pytest.mark.parametrize("form", ["short", "long"])
+def test_what_is_said_of_the_style_are_its_words_wherever_they_stand(form):
+    counts = set()
+    for seed in range(300):
+        _, words = scene_and_words(seed, form)
+        said = [words.text[slice(*span)] for span in said_of_style(words)]
+        known = STYLE_WORDS[words.claims.style] if words.claims.style else ()
+        assert said == [word for word in re.findall(r"\w+", words.text) if word in known]
+        assert bool(said) == (words.claims.style is not None)
+        counts.add(len(said))
+    assert counts == ({0, 1, 2, 3} if form == "short" else {1})
 
 
 @pytest.mark.parametrize("form", ["short", "long"])
@@ -75,7 +88,7 @@ def test_tokens_of_an_object_are_those_of_its_words(encoders):
                 assert claim.shape in text
                 others = [c for c in COLORS if c != claim.color] + [s for s in SHAPES if s != claim.shape]
                 assert not re.search(rf"\b({'|'.join(others)})\b", text), text
-        assert not found.clip[0, len(scene.objects) :].any()
+        assert not found.clip[0, len(scene.objects) : MOST].any()
         assert (found.discs[0, len(scene.objects) :] == 0).all()
 
 
@@ -102,6 +115,7 @@ def test_regions_are_as_large_as_their_discs():
         sums = found.regions(side)[0].sum(1) / side**2
         assert sums[:2] == pytest.approx(np.pi * 0.2**2, rel=0.1)
         assert sums[2] == 0
+        assert sums[3] == pytest.approx(sums[0] + sums[1])  # what the style is of
 
 
 def attention(objects_, conditioning, side, own=True):
