@@ -94,7 +94,7 @@ class Server:
         self.process = None
 
     def __enter__(self) -> "Server":
-        place_pack(self.pack, self.base / "custom_nodes" / PACK_NAME)
+        self.place()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -128,6 +128,10 @@ class Server:
 
     def __exit__(self, *_):
         self.end()
+
+    def place(self) -> None:
+        """Put the pack where this server looks for it."""
+        place_pack(self.pack, self.base / "custom_nodes" / PACK_NAME)
 
     def wait_until_it_answers(self) -> None:
         with Progress("Starting ComfyUI") as progress:
