@@ -4,6 +4,8 @@
 
 What the pack's own weights can run is run, and its pictures are the preview. The others name files that are not here; stand-ins
 of random weights fill the lists, and the preview shows the graph, or the node that the example is about.
+
+Each kind of node is pictured for its help page in the first example that it is in, those that can be run before the others.
 """
 
 import io
@@ -24,11 +26,13 @@ from .graphs import Columns, files_of
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "example_workflows"
 IMAGES = ROOT / "docs" / "images"
+HELP_IMAGES = ROOT / "web" / "docs" / "images"
 STAND_INS = ROOT / "tests" / "support"
 EXAMPLES = graphs.EXAMPLES | painting_graphs.EXAMPLES | style_graphs.EXAMPLES | cascade_graphs.EXAMPLES
 PAINTER = f"/extensions/{PACK_NAME}/painter_core.js"
 SHOWS = ("SaveImage", "SaveVideo", "PreviewImage", "MaskPreview")
 SIDE = 384  # of a picture in a thumbnail
+SITTER = 900  # pixels a side that a node's picture has at most
 
 # Makes the graph and returns the ids of its nodes by their names.
 BUILD = """async ([columns, painter, id]) => {
@@ -121,6 +125,9 @@ def main(names: list[str]) -> None:
                 thumbnail.save(FOLDER / f"{name}.jpg", quality=92)
                 frontend.fit()
                 (IMAGES / f"{name}.png").write_bytes(frontend.picture())
+                for key, kind in sitters().get(name, {}).items():
+                    portrait = look(frontend, [ids[key]], SITTER)
+                    portrait.quantize(128).save(HELP_IMAGES / f"{kind}.png", optimize=True)
                 print(f"{name}: {sum(map(len, columns))} nodes", flush=True)
         if frontend.faults:
             sys.exit("\n".join(frontend.faults))
@@ -189,8 +196,21 @@ def row(pictures: list[bytes]) -> Image.Image:
     return made
 
 
-def look(frontend: Frontend, nodes: list[int]) -> Image.Image:
-    """The canvas, or a part of it that holds these nodes."""
+def sitters() -> dict[str, dict[str, str]]:
+    """Of each example, which of its nodes stand for their kind on its help page: name of the node -> its kind."""
+    chosen: dict[str, tuple[str, str]] = {}
+    for name in sorted(EXAMPLES, key=lambda name: bool(files_of(EXAMPLES[name]))):
+        for key, node in (item for column in EXAMPLES[name] for item in column.items()):
+            if node.type.startswith("EDiffI_"):
+                chosen.setdefault(node.type, (name, key))
+    return {
+        example: {key: kind for kind, (name, key) in chosen.items() if name == example}
+        for example, _ in chosen.values()
+    }
+
+
+def look(frontend: Frontend, nodes: list[int], side: int = 2 * SIDE) -> Image.Image:
+    """The canvas, or a part of it that holds these nodes, made smaller if it has more than `side` pixels a side."""
     margin = 16
     image = Image.open(io.BytesIO(frontend.picture(1.0 if nodes else 0.7, margin))).convert("RGB")
     if nodes:
@@ -198,7 +218,7 @@ def look(frontend: Frontend, nodes: list[int]) -> Image.Image:
         left, top = (min(place[axis] for place in places) for axis in (0, 1))
         right, bottom = (max(place[axis] + place[axis + 2] for place in places) for axis in (0, 1))
         image = image.crop((left, top, right + 2 * margin, bottom + 2 * margin))
-    image.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return image
 
 
