@@ -1,5 +1,7 @@
 """What is on the canvas of the example workflows of the cascade, in the terms of graphs.py."""
 
+from dataclasses import replace
+
 from .graphs import (
     SD15,
     Node,
@@ -142,8 +144,47 @@ X4_STAGE = (
     {"save": save("decode_last")},
 )  # fmt: skip
 
+STAGE = sampler(
+    20, 4, 1.0, "euler", "edm",
+    model="sr256", positive="low_res", negative="low_res.negative", latent_image="low_res.latent",
+)  # fmt: skip
+
+IN_PARTS = (
+    {
+        "note": note(
+            "A stage in parts",
+            "## What Super Resolution is made of\n\n"
+            "**Low-Res Image** gives the prompts the picture that is to be enlarged, and an empty latent of four times its size. "
+            "The ensemble of a later stage is a MODEL like any other, so every sampler, scheduler and guider runs it. Use the "
+            "parts instead of **Super Resolution** to look at the steps, to mask, or for another size.\n\n"
+            "The empty latent is where it starts from. To start from the picture itself, enlarge it, encode it with the VAE of "
+            "the ensemble, and lower denoise.",
+            size=(400, 340),
+        )
+    },
+    loaders() | {"sr256": stage("sr256", "64 to 256 pixels")},
+    base_stage(),
+    {"sampler": sampler(10, 12, 5.0, "heun", "edm", model="ensemble")},
+    {"decode": decode("ensemble.vae")},
+    {
+        "low_res": Node(
+            "EDiffI_LowResImage",
+            {"augmentation_sigma": 0.0, "seed": 0, "control_after_generate": "fixed"},
+            {"positive": "positive", "negative": "negative", "image": "decode"},
+            size=(340, 0),
+        )
+    },
+    {
+        # the low-res image says so much that little noise suffices
+        "stage": replace(STAGE, widgets=STAGE.widgets | {"sigma_max": 10.0}),
+        "decode_stage": decode("sr256.vae", "stage"),
+    },
+    {"save": save("decode_stage")},
+)
+
 EXAMPLES = {
     "Cascade - text to image 1024": TEXT_TO_1024,
+    "Cascade - a stage in parts": IN_PARTS,
     "Cascade - another model's picture": OTHER_PICTURES,
     "Cascade - SD x4 upscaler as third stage": X4_STAGE,
 }
