@@ -146,7 +146,7 @@ def default_value(spec):
     options = options_of(spec)
     if "default" in options:
         return options["default"]
-    choices = spec[0] if isinstance(spec[0], list) else options.get("options") or [None]
+    choices = (spec[0] if isinstance(spec[0], list) else options.get("options")) or [None]  # no file of that kind
     return choices[0]["key"] if spec[0] == DYNAMIC_COMBO else choices[0]
 
 

@@ -378,6 +378,13 @@ def test_values_that_were_not_saved_are_the_servers_defaults():
     assert (inputs["seed"], inputs["steps"], inputs["sampler_name"], inputs["churn"]) == (7, 20, "euler", 0.5)
 
 
+def test_a_list_without_a_choice_has_no_default():
+    """As a server without a checkpoint has it."""
+    assert workflow.default_value([[], {}]) is None
+    assert workflow.default_value(["COMBO", {"options": []}]) is None
+    assert workflow.default_value([["a", "b"], {}]) == "a"
+
+
 def test_values_saved_by_name_need_no_order():
     saved = text_to_image()
     saved["nodes"][2] |= {
