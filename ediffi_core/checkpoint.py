@@ -77,7 +77,7 @@ class NetworkHeader:
                 f"Update the pack or export the file again."
             )
         kind = values.get("kind")
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(f"{where} holds a network of kind {kind!r}; known kinds are {', '.join(KINDS)}.")
         if values.get("c_noise") != C_NOISE:
             raise ValueError(f"{where} uses c_noise = {values.get('c_noise')!r}; only {C_NOISE!r} is supported.")
@@ -85,9 +85,14 @@ class NetworkHeader:
             config = KINDS[kind].config(**values["network"])
             interval = _interval_from_json(values["interval"])
             sigma_data = float(values["sigma_data"])
-        except (KeyError, TypeError, ValueError) as error:
+            if not 0 < sigma_data < math.inf:
+                raise ValueError(f"sigma_data is a number above 0, got {sigma_data!r}")
+            training = values.get("training") or {}
+            if not isinstance(training, dict):
+                raise ValueError(f"training is an object, got {training!r}")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{where} has an unusable description: {error}. Export the file again.") from error
-        return cls(config, interval, kind, sigma_data, values.get("training") or {})
+        return cls(config, interval, kind, sigma_data, training)
 
 
 def save_network(path: str | Path, state: Mapping[str, Tensor], header: NetworkHeader) -> None:
@@ -116,7 +121,18 @@ def read_header(path: str | Path) -> NetworkHeader:
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], header: NetworkHeader, where: str) -> None:
     """Raise ValueError unless a state dict of these shapes fits the network that `header` describes."""
-    network = KINDS[header.kind].network(header.config, device="meta")
+    config = header.config
+    if sum(config.blocks) + len(config.blocks) > len(shapes):  # each block and level has weights of its own
+        raise ValueError(
+            f"{where} holds {len(shapes)} weights, too few for the {sum(config.blocks)} blocks on {len(config.blocks)} levels "
+            f"that its description asks for. The file is incomplete."
+        )
+    try:
+        network = KINDS[header.kind].network(config, device="meta")
+    except (RuntimeError, OverflowError) as error:  # sizes beyond what torch counts with
+        raise ValueError(
+            f"{where} describes a network that cannot be built: {error}. Export the file again."
+        ) from error
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     for name, shape in expected.items():
         if name not in shapes:
@@ -193,13 +209,13 @@ def read_ensemble(folder: str | Path) -> EnsembleFolder:
         raise FileNotFoundError(f"There is no {where}. An ensemble is a folder with ensemble.json beside its experts.")
     if path.stat().st_size > HEADER_LIMIT:
         raise ValueError(f"{where} is larger than {HEADER_LIMIT} bytes, too large for a description. Check the file.")
-    values = _parsed(path.read_text(encoding="utf-8"), where)
+    values = _parsed(path.read_bytes(), where)
     if values.get("format") != FORMAT:
         raise ValueError(
             f"{where} has format version {values.get('format')!r}, this version of the pack reads {FORMAT}."
         )
     stage = values.get("stage")
-    if stage not in KINDS:
+    if not isinstance(stage, str) or stage not in KINDS:
         raise ValueError(f"{where} describes a stage {stage!r}; known stages are {', '.join(KINDS)}.")
     experts = values.get("experts")
     if not isinstance(experts, list) or not experts:
@@ -207,23 +223,33 @@ def read_ensemble(folder: str | Path) -> EnsembleFolder:
     try:
         files = tuple(str(expert["file"]) for expert in experts)
         intervals = tuple(_interval_from_json(expert["interval"]) for expert in experts)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{where}: an expert needs a file and an interval [low, high], high null for no limit ({error})."
         ) from error
     for file in files:
-        inside = (folder / file).resolve()
+        try:
+            inside = (folder / file).resolve()
+            there = inside.is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, a link to itself, a NUL or half a character
+            raise ValueError(f"{where} names the file {file[:80]!r}, which no file is called. Correct it.") from error
         if folder.resolve() not in inside.parents or Path(file).name != file:
             raise ValueError(f"{where} names the file {file!r}, which is outside its folder. Put the expert beside it.")
-        if not inside.is_file():
+        if not there:
             raise FileNotFoundError(f"{where} names {file}, but there is no such file beside it. Put it there.")
     try:
         check_partition(intervals)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return EnsembleFolder(
-        folder, stage, files, intervals, values.get("sampler") or {}, values.get("encoders"), values.get("license")
-    )
+    sampler, encoders, license = values.get("sampler") or {}, values.get("encoders"), values.get("license")
+    if not isinstance(sampler, dict):
+        raise ValueError(
+            f"{where} has the sampler {sampler!r}; it is an object of settings. Correct it or leave it out."
+        )
+    for key, name in (("encoders", encoders), ("license", license)):
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f"{where} has {name!r} for {key}; it is a name. Correct it or leave it out.")
+    return EnsembleFolder(folder, stage, files, intervals, sampler, encoders, license)
 
 
 def write_ensemble(
@@ -291,10 +317,10 @@ def _interval_from_json(values: Any) -> NoiseInterval:
     return NoiseInterval(float(low), math.inf if high is None else float(high))
 
 
-def _parsed(text: str, where: str) -> dict[str, Any]:
+def _parsed(text: str | bytes, where: str) -> dict[str, Any]:
     try:
-        values = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        values = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers of thousands of digits
         raise ValueError(f"{where} is not valid JSON: {error}. Correct it or get the file again.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{where} should hold a JSON object, got {type(values).__name__}. Get the file again.")

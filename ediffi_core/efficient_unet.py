@@ -39,7 +39,7 @@ class EfficientUNetConfig(NetworkConfig):
     residual: float = 0.0  # standard deviation of images from their low-res ones, see `around_low_res`; 0: not used
 
     def __post_init__(self) -> None:
-        if not self.residual >= 0:
+        if not isinstance(self.residual, int | float) or not self.residual >= 0:
             raise ValueError(f"residual is a standard deviation, 0 or more, got {self.residual!r}.")
         if self.norm not in ("group", "pixel"):
             raise ValueError(f'The norm is "group" or "pixel", got {self.norm!r}.')

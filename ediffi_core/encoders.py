@@ -10,6 +10,7 @@ Pooled text and image embeddings are projected but not normalised, as ComfyUI re
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Container
 from pathlib import Path
@@ -23,6 +24,7 @@ from .conditioning import CLIP_LENGTH, T5_LENGTH
 
 FORMAT_VERSION = 1
 MERGES_FILE = "bpe_merges.txt.gz"  # what open_clip's SimpleTokenizer takes as bpe_path
+MERGES_LIMIT = 1 << 24  # bytes when unpacked; OpenAI's file has 3 million
 
 
 class TextEmbeddings(NamedTuple):
@@ -233,11 +235,23 @@ def load_clip_tokenizer(folder: Path):
 def read_merges(file: Path) -> list[tuple[str, str]]:
     """The pairs that CLIP's tokenizer joins, in order. Raises ValueError for a damaged file."""
     try:
-        lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")
+        with gzip.open(file) as packed:
+            text = packed.read(MERGES_LIMIT + 1)
+        lines = text.decode("utf-8").split("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no list of merges in gzip ({error}). Download or copy the file again.") from error
+    if len(text) > MERGES_LIMIT:
+        raise ValueError(
+            f"{file} unpacks to more than {MERGES_LIMIT} bytes, too many for merges. Download or copy it again."
+        )
     most = 49152 - 256 - 2  # OpenAI's file lists more merges than CLIP uses
-    return [tuple(line.split()) for line in lines[1 : most + 1] if line]
+    merges = [tuple(line.split()) for line in lines[1 : most + 1] if line]
+    for merge in merges:
+        if len(merge) != 2:
+            raise ValueError(
+                f"{file} holds the line {' '.join(merge)[:80]!r}, which is no pair. Download or copy the file again."
+            )
+    return merges
 
 
 def clip_tokenizer(merges: list[tuple[str, str]]):
@@ -272,7 +286,7 @@ def byte_characters() -> list[str]:
 
 def clip_tokens(tokenizer, text: str) -> Tokens:
     start, end = (tokenizer.token_to_id(token) for token in ("<|startoftext|>", "<|endoftext|>"))
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    encoding = encoded(tokenizer, text)
     room = CLIP_LENGTH - 2
     return Tokens(
         [start, *encoding.ids[:room], end],
@@ -283,11 +297,19 @@ def clip_tokens(tokenizer, text: str) -> Tokens:
 
 def t5_tokens(tokenizer, text: str) -> Tokens:
     end = tokenizer.token_to_id("</s>")
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    encoding = encoded(tokenizer, text)
     room = T5_LENGTH - 1
     return Tokens(
         [*encoding.ids[:room], end], [*encoding.offsets[:room], (0, 0)], *read_and_lost(text, encoding.offsets, room)
     )
+
+
+def encoded(tokenizer, text: str):
+    if half := re.search("[\ud800-\udfff]", text):
+        raise ValueError(
+            f"The prompt holds half a character at place {half.start()}, often half an emoji. Write it again."
+        )
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def read_and_lost(text: str, spans: list[tuple[int, int]], room: int) -> tuple[int, int]:
@@ -382,27 +404,34 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     index = folder / f"{name}.index.json"
     if not index.is_file():
         return [folder / name]
-    listed = read_json(index)
-    listed = listed.get("weight_map") if isinstance(listed, dict) else None
+    listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f"{index} lists no parts in weight_map. Download or copy the file again.")
-    parts = set(listed.values())
-    for part in parts:
-        if not isinstance(part, str) or part in ("", ".", "..") or any(c in part for c in "/\\:\0"):
+    for part in listed.values():
+        if not isinstance(part, str) or part in ("", ".", "..") or len(part) > 200 or UNUSABLE.search(part):
             raise ValueError(
-                f"{index} lists {part!r} among its parts. Parts must be files in the same folder, named without any folder. "
+                f"{index} lists {str(part)[:80]!r} among its parts. Parts must be files in the same folder, named without any folder. "
                 f"Get the index from where the weights came from, or correct the name."
             )
-    return [folder / part for part in sorted(parts)]
+    return [folder / part for part in sorted(set(listed.values()))]
+
+
+UNUSABLE = re.compile(
+    "[/\\\\:\0\ud800-\udfff]"
+)  # in the name of a file: other folders and drives, NUL, half a character
 
 
 def read_json(file: Path) -> dict:
+    """The object that a file holds. Raises FileNotFoundError or ValueError."""
     if not file.is_file():
         raise missing(file)
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}). Download or copy the file again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} should hold a JSON object, got {type(values).__name__}. Download or copy it again.")
+    return values
 
 
 def check_safetensors(file: Path) -> None:

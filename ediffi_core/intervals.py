@@ -34,6 +34,7 @@ class NoiseInterval:
 
 
 EVERYTHING = NoiseInterval(0.0, math.inf)
+DEEPEST = 50  # depth of the tree of intervals
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,7 @@ class NoiseDistribution:
 
     def interval(self, depth: int, index: int) -> NoiseInterval:
         """The interval of expert E^depth_index, one of 2^depth of equal probability."""
-        if depth < 0 or not 0 <= index < 2**depth:
-            raise ValueError(
-                f"The tree has no interval (depth {depth}, index {index}): at depth {depth} the index runs from 0 to "
-                f"{2 ** max(depth, 0) - 1}."
-            )
+        check_place(depth, index)
         edges = self.quantile(torch.tensor([index, index + 1], dtype=torch.float64) / 2**depth)
         return NoiseInterval(edges[0].item(), edges[1].item())
 
@@ -85,6 +82,19 @@ class NoiseDistribution:
         mass = highs[which] - (ends[which] - drawn)
         # a mass of exactly 0 or 1 would be a sigma of 0 or infinity
         return self.quantile(mass.clamp(1e-12, 1 - 1e-12))
+
+
+def check_place(depth: int, index: int) -> None:
+    """Raise ValueError unless a binary tree of intervals has this one."""
+    if depth > DEEPEST:
+        raise ValueError(
+            f"The tree has no depth {depth}: it ends at {DEEPEST}, where floating point cannot tell the edges."
+        )
+    if depth < 0 or not 0 <= index < 2**depth:
+        raise ValueError(
+            f"The tree has no interval (depth {depth}, index {index}): at depth {depth} the index runs from 0 to "
+            f"{2 ** max(depth, 0) - 1}."
+        )
 
 
 def complement(intervals: Sequence[NoiseInterval]) -> tuple[NoiseInterval, ...]:

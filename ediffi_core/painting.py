@@ -20,6 +20,7 @@ from torch import Tensor
 VERSION = 1
 MIN_SIDE, MAX_SIDE = 16, 1024  # cells
 MAX_PHRASES = 32
+MAX_COLORS = 256  # of a colour map; each becomes a mask as large as the picture
 MAX_STRENGTH = 100
 MAX_PHRASE = 1_000  # characters
 MAX_VALUE = 4_000_000  # characters
@@ -124,6 +125,8 @@ def _color_lines(lines: str) -> list[tuple[str, str]]:
             )
         if color.lower() in found:
             raise ValueError(f"Line {number} of the colours repeats {color}. Give each phrase a colour of its own.")
+        if len(found) == MAX_COLORS:
+            raise ValueError(f"The colours are more than {MAX_COLORS}. Leave out those whose phrases are not needed.")
         found[color.lower()] = phrase
     if not found:
         raise ValueError('The colours are empty. Write a line "#rrggbb = phrase" for each colour of the picture.')

@@ -18,6 +18,8 @@ TYPOGRAPHY = str.maketrans(
     dict.fromkeys(SINGLE_QUOTES, "'") | dict.fromkeys(DOUBLE_QUOTES, '"') | dict.fromkeys(DASHES, "-")
 )
 JOINER = "\u200d"  # makes one emoji of two
+LONGEST = 64  # code points of one character: Unicode normalises longer ones in quadratic time, and no script has them
+COMPARED = 1_000_000  # most characters of a prompt times those of a phrase for which similar words are looked for
 SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 # Scripts, by the first word of their characters' names, in which a word is written against its neighbours.
 UNSPACED = re.compile(r"(CJK|IDEOGRAPHIC|HIRAGANA|KATAKANA|BOPOMOFO|HANGUL|THAI|LAO|KHMER|MYANMAR|TIBETAN)[ -]")
@@ -81,7 +83,7 @@ def characters(text: str) -> list[Range]:
     ranges: list[Range] = []
     for i, c in enumerate(text):
         start = ranges[-1][0] if ranges else 0
-        if ranges and not c.isascii() and _joins(text[start:i], c):
+        if ranges and not c.isascii() and i - start < LONGEST and _joins(text[start:i], c):
             ranges[-1] = (start, i + 1)
         else:
             ranges.append((i, i + 1))
@@ -140,6 +142,8 @@ def _unspaced(c: str) -> bool:
 
 def _similar(text: str, phrase: str) -> list[str]:
     """Up to three runs of words of the text that look like the phrase, best first."""
+    if len(text) * len(phrase) > COMPARED:
+        return []
     words = [match.span() for match in WORD.finditer(text)]
     length = max(1, len(WORD.findall(phrase)))
     runs: dict[str, str] = {}

@@ -7,7 +7,7 @@ program can bring its own layers.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from .attention import Attend, CrossAttention, SelfAttention, attend
 from .conditioning import Conditioning
+
+MOST = 1 << 20  # of any number of a configuration: beyond all networks, and torch can count its products
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class NetworkConfig:
         names = ("channel_mult", "blocks", *attention)
         for name in names:
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON and TOML give lists
+        self._check_numbers()
         lengths = [len(getattr(self, name)) for name in names]
         if len(set(lengths)) > 1:
             raise ValueError(
@@ -70,6 +73,25 @@ class NetworkConfig:
                     f"A level of {width} channels cannot be divided into {norm_groups} norm groups and heads of "
                     f"{self.head_channels} channels. Choose channels that both divide."
                 )
+
+    def _check_numbers(self) -> None:
+        """Raise ValueError where a field holds another type than its default, or a number no layer is built with."""
+        for one in fields(self):
+            value, default = getattr(self, one.name), one.default
+            values, kind = (value, type(default[0])) if isinstance(default, tuple) else ((value,), type(default))
+            if kind is int:
+                least = 0 if one.name in ("waves", "blocks") else 1
+                fits = all(type(number) is int and least <= number <= MOST for number in values)
+                expected = f"whole numbers from {least} to {MOST}"
+            elif kind is float:
+                fits = all(type(number) in (int, float) and math.isfinite(number) for number in values)
+                expected = "a number"
+            else:
+                fits, expected = all(isinstance(value, kind) for value in values), f"of type {kind.__name__}"
+            if not fits:
+                raise ValueError(f"{one.name} of a network is {expected}, got {str(value)[:80]!r}.")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout is a probability from 0 to 1, got {self.dropout!r}.")
 
 
 def _listed(values) -> str:

@@ -1,18 +1,17 @@
 """Recipes of `branching`: the model that is branched, its tree of experts, and the noise levels it knows."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..intervals import NoiseInterval, check_partition, complement
-from .recipe import Optimizer, read_toml
+from ..intervals import NoiseInterval, check_partition, check_place, complement
+from .recipe import Optimizer, check_names, read_toml, section, tables
 
 MOST = 6  # experts that eDiff-I Expert Ensemble joins
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -54,11 +53,7 @@ class Levels:
 
     def interval(self, depth: int, index: int) -> NoiseInterval:
         """The interval of expert E^depth_index: one of 2^depth that hold equally many levels, index 0 at the lowest noise."""
-        if depth < 0 or not 0 <= index < 2**depth:
-            raise ValueError(
-                f"The tree has no interval (depth {depth}, index {index}): at depth {depth} the index runs from 0 to "
-                f"{2 ** max(depth, 0) - 1}."
-            )
+        check_place(depth, index)
         first, end = (round(len(self) * part / 2**depth) for part in (index, index + 1))
         if first == end:
             raise ValueError(
@@ -213,14 +208,19 @@ def read_branch_recipe(path: str | Path) -> BranchRecipe:
     path = Path(path)
     values = read_toml(path)
     try:
-        model, data = Source(**values.pop("model")), Captioned(**values.pop("data"))
-        lora = Lora(**_tuples(values.pop("lora"))) if "lora" in values else None
-        optimizer = Optimizer(**{"ema": 0.0, **values.pop("optimizer", {})})
+        model, data = section(Source, values.pop("model"), "model"), section(Captioned, values.pop("data"), "data")
+        lora = section(Lora, values.pop("lora"), "lora") if "lora" in values else None
+        optimizer = values.pop("optimizer", {})
+        optimizer = section(
+            Optimizer, {"ema": 0.0, **optimizer} if isinstance(optimizer, dict) else optimizer, "optimizer"
+        )
         if optimizer.name != "adamw":
             raise ValueError(f"branching knows the optimizer adamw only, got {optimizer.name!r}")
-        nodes = tuple(BranchNode(**_tuples(node)) for node in values.pop("nodes"))
-        recipe = BranchRecipe(path.stem, model, data, nodes, lora, optimizer, **values)
-    except (KeyError, TypeError, ValueError) as error:
+        nodes = tuple(section(BranchNode, node, "a node") for node in tables(values.pop("nodes"), "nodes"))
+        check_names(nodes)
+        more = dict(name=path.stem, model=model, data=data, nodes=nodes, lora=lora, optimizer=optimizer)
+        recipe = section(BranchRecipe, values, "the recipe", **more)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path.name} is not a usable recipe: {error}.") from error
     seen: set[str] = set()
     for node in recipe.nodes:
@@ -232,13 +232,6 @@ def read_branch_recipe(path: str | Path) -> BranchRecipe:
             raise ValueError(f"{path.name}: two nodes are called {node.name!r}. Rename one.")
         seen.add(node.name)
     return recipe
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: tuple(tuple(one) if isinstance(one, list) else one for one in value) if isinstance(value, list) else value
-        for name, value in values.items()
-    }
 
 
 def experts_of(recipe: BranchRecipe, levels: Levels) -> list[tuple[NoiseInterval, BranchNode | None]]:

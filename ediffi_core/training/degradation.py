@@ -34,7 +34,7 @@ class Pass:
     def __post_init__(self) -> None:
         for name in ("blur", "enlarge", "shrink", "gaussian", "jpeg"):
             value = getattr(self, name)
-            if not 0 <= value <= 1:
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"{name} is a probability from 0 to 1, got {value!r}")
         if self.enlarge + self.shrink > 1:
             raise ValueError(f"enlarge {self.enlarge:g} and shrink {self.shrink:g} exceed 1 together; lower one")

@@ -1,9 +1,13 @@
 """Recipes: one TOML file says everything that decides the weights of an ensemble."""
 
+import math
+import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -209,8 +213,59 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no recipe {path}. Recipes are TOML files; see the folder recipes/.")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, numbers of thousands of digits
         raise ValueError(f"{path.name} is not valid TOML: {error}.") from error
+
+
+def section(kind: type, values: Any, name: str, /, **more: Any) -> Any:
+    """A table of a recipe as a `kind`, lists as tuples. Raises ValueError naming an entry of another type than its field."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} is a table, got {_shown(values)}")
+    hints, built = get_type_hints(kind), {}
+    for key, value in values.items():
+        value = _tuples(value)
+        if key in hints and not _fits(value, hints[key]):
+            raise ValueError(f"{key} of {name} cannot be {_shown(value)}")
+        built[key] = value
+    return kind(**built, **more)
+
+
+def tables(values: Any, name: str) -> list:
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{name} are a list of tables, [[{name}]], got {_shown(values)}")
+    return values
+
+
+def check_names(nodes: Iterable[Any]) -> None:
+    """Raise ValueError where a node cannot name its own file."""
+    for node in nodes:
+        if node.name in ("", ".", "..") or len(node.name) > 100 or re.search(r"[/\\:\0]", node.name):
+            raise ValueError(f"a node's name becomes that of its file, without a folder; got {_shown(node.name)}")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Is a value of TOML what the annotation of a field asks for? NaN is no number of ours."""
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, one) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        kinds = [kinds[0]] * len(value) if isinstance(value, tuple) and kinds[-1] is ... else kinds
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if hint is float and isinstance(value, float):
+        return not math.isnan(value)
+    if hint in (int, float):
+        return type(value) is int and abs(value) < 2**63
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    return value is None if hint is type(None) else isinstance(value, dict)  # a table, which its own kind checks
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -219,10 +274,15 @@ def read_recipe(path: str | Path) -> Recipe:
     values = read_toml(path)
     try:
         stage = values.get("stage", "base")
-        if stage not in KINDS:
-            raise ValueError(f"stage is one of {', '.join(KINDS)}, got {stage!r}")
-        preset = values["network"].pop("preset", None)
-        network = {**(PRESETS[preset].as_dict() if preset else {}), **values.pop("network")}
+        if not isinstance(stage, str) or stage not in KINDS:
+            raise ValueError(f"stage is one of {', '.join(KINDS)}, got {_shown(stage)}")
+        network = values.pop("network")
+        if not isinstance(network, dict):
+            raise ValueError(f"network is a table, got {_shown(network)}")
+        preset = network.pop("preset", None)
+        if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
+            raise ValueError(f"preset is one of {', '.join(PRESETS)}, got {_shown(preset)}")
+        network = {**(PRESETS[preset].as_dict() if preset else {}), **network}
         known = {one.name for one in fields(Recipe)}
         sections = {
             "data": Data,
@@ -232,16 +292,15 @@ def read_recipe(path: str | Path) -> Recipe:
             "degradation": Degradation,
             "augmentation": Augmentation,
         }
-        built = {name: kind(**values.pop(name)) for name, kind in sections.items() if name in values}
-        nodes = tuple(
-            Node(**{key: tuple(map(tuple, value)) if isinstance(value, list) else value for key, value in node.items()})
-            for node in values.pop("nodes")
-        )
+        built = {name: section(kind, values.pop(name), name) for name, kind in sections.items() if name in values}
+        nodes = tuple(section(Node, node, "a node") for node in tables(values.pop("nodes"), "nodes"))
+        check_names(nodes)
         unknown = set(values) - known
         if unknown:
             raise ValueError(f"unknown entry {sorted(unknown)[0]!r}")
-        recipe = Recipe(name=path.stem, network=KINDS[stage].config(**network), nodes=nodes, **built, **values)
-    except (KeyError, TypeError, ValueError) as error:
+        more = dict(name=path.stem, network=KINDS[stage].config(**network), nodes=nodes, **built)
+        recipe = section(Recipe, values, "the recipe", **more)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path.name} is not a usable recipe: {error}.") from error
     seen: set[str] = set()
     for node in recipe.nodes:

@@ -211,6 +211,9 @@ def test_the_example_recipe_makes_three_experts(pytestconfig):
         ("[lora]", "[lora]\nrang = 3", "rang"),
         ("[lora]", '[optimizer]\nname = "muon"\n[lora]', "adamw only, got 'muon'"),
         ("seed = 3", "seed = ", "not valid TOML"),
+        ('path = "model"', "path = 3", "path of model cannot be 3"),
+        ("[lora]", "[[lora]]", "lora is a table"),
+        ('name = "low"', 'name = "../low"', "without a folder"),
     ],
 )
 def test_a_wrong_recipe_is_explained(tmp_path, old, new, message):

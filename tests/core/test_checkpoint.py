@@ -250,12 +250,56 @@ def test_a_link_that_leaves_the_folder_is_refused(folder, file):
         (lambda values: values["experts"][0].pop("file"), "needs a file and an interval"),
         (lambda values: values["experts"][0].update(interval=3), "needs a file and an interval"),
         (lambda values: values["experts"].reverse(), "from high noise to low noise"),
+        (lambda values: values.update(stage=["base"]), r"stage \['base'\]"),
+        (lambda values: values["experts"][0].update(interval=[1, 10**400]), "needs a file and an interval"),
+        (lambda values: values["experts"][0].update(file="x" * 300), "which no file is called"),
+        (lambda values: values["experts"][0].update(file="a\0b"), "which no file is called"),
+        (lambda values: values.update(sampler=[1]), r"tiny/ensemble.json has the sampler \[1\]"),
+        (lambda values: values.update(encoders=7), "has 7 for encoders; it is a name"),
     ],
 )
 def test_an_unusable_ensemble_is_refused(folder, change, message):
     edit(folder / "ensemble.json", change)
     with pytest.raises(ValueError, match=message):
         read_ensemble(folder)
+
+
+@pytest.mark.parametrize("content", [b"\xff{}", b'{"format": ' + b"9" * 5000 + b"}"], ids=["UTF-8", "digits"])
+def test_an_ensemble_that_is_not_json_is_named(folder, content):
+    (folder / "ensemble.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"tiny/ensemble.json is not valid JSON"):
+        read_ensemble(folder)
+
+
+def test_a_link_to_itself_is_refused(folder):
+    (folder / "high.safetensors").unlink()
+    (folder / "high.safetensors").symlink_to(folder / "high.safetensors")
+    with pytest.raises(ValueError, match="which no file is called"):
+        read_ensemble(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values.update(kind=["base"]), r"kind \['base'\]"),
+        (lambda values: values.update(sigma_data=0), "sigma_data is a number above 0, got 0.0"),
+        (lambda values: values.update(sigma_data=10**400), "unusable description"),
+        (lambda values: values.update(training=[1]), r"training is an object, got \[1\]"),
+        (
+            lambda values: values["network"].update(head_channels=0),
+            "head_channels of a network is whole numbers from 1",
+        ),
+        (lambda values: values["network"].update(channels="x", channel_mult=[10**12]), "channel.* is whole numbers"),
+        (lambda values: values["network"].update(dropout=2), "dropout is a probability"),
+        (lambda values: values["network"].update(blocks=[10**6, 1]), "too few for the 1000001 blocks on 2 levels"),
+    ],
+)
+def test_a_description_that_nothing_can_be_built_of_is_refused(file, change, message):
+    values = json.loads(NetworkHeader(TINY).to_json())
+    change(values)
+    rewrite(file, header=json.dumps(values))
+    with pytest.raises(ValueError, match=f"expert.safetensors.*{message}"):
+        read_header(file)
 
 
 def test_a_missing_expert_is_named(folder):

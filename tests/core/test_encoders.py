@@ -1,6 +1,7 @@
 """The encoders decide what every network sees: a token that moves, a word that vanishes in silence, or a batch that
 differs from its rows would spoil pictures without any error."""
 
+import gzip
 import importlib.util
 import json
 import shutil
@@ -17,6 +18,7 @@ from ediffi_core.encoders import (
     clip_tokens,
     clip_vocabulary,
     load_encoders,
+    read_merges,
     resized,
 )
 
@@ -399,7 +401,19 @@ def test_weights_in_parts_are_the_same_weights(encoders, folder):
 
 @pytest.mark.parametrize("name", ["t5/model.safetensors", "clip/open_clip_model.safetensors"])
 @pytest.mark.parametrize(
-    "part", ["../model.safetensors", "/etc/passwd", "C:\\model.safetensors", "sub/model.safetensors", "..", "", 7]
+    "part",
+    [
+        "../model.safetensors",
+        "/etc/passwd",
+        "C:\\model.safetensors",
+        "sub/model.safetensors",
+        "..",
+        "",
+        7,
+        ["x"],
+        "x" * 300,
+        "\ud800",
+    ],
 )
 def test_an_index_that_leads_out_of_the_folder_is_refused(folder, name, part):
     index = in_parts(folder / name)
@@ -418,7 +432,33 @@ def test_a_missing_part_is_named(folder):
         load_encoders(folder)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": []}'])
+@pytest.mark.parametrize("name", ["encoders.json", "t5/config.json", "t5/model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("content", "message"), [("[]", "should hold a JSON object, got list"), ("[" * 100_000, "not valid")]
+)
+def test_a_file_that_holds_no_object_is_named(folder, name, content, message):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}.* {message}"):
+        load_encoders(folder)
+
+
+@pytest.mark.parametrize(
+    ("merges", "message"),
+    [(b"#version\na b c\n", "'a b c', which is no pair"), (bytes(1 << 25), "unpacks to more than 16777216 bytes")],
+    ids=["three", "large"],
+)
+def test_merges_that_are_no_list_of_pairs_are_refused(tmp_path, merges, message):
+    (tmp_path / "merges.gz").write_bytes(gzip.compress(merges))
+    with pytest.raises(ValueError, match=rf"merges\.gz .*{message}"):
+        read_merges(tmp_path / "merges.gz")
+
+
+def test_half_a_character_is_named_with_its_place(encoders):
+    with pytest.raises(ValueError, match="holds half a character at place 4, often half an emoji"):
+        encoders.tokens(["fox \ud83e"])
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": []}'])
 def test_an_index_without_parts_is_named(folder, content):
     (folder / "t5" / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match=r"lists no parts in weight_map"):

@@ -57,6 +57,12 @@ def test_the_canvas_and_the_core_mean_the_same_cells():
     assert (blue.id, blue.nth, blue.strength) == ("p2", 2, 0.5)
 
 
+def test_a_colour_map_has_only_so_many_colours():
+    lines = "\n".join(f"#{i:06x} = cat" for i in range(257))
+    with pytest.raises(ValueError, match="The colours are more than 256"):
+        from_colors(torch.zeros(2, 2, 3), lines, 0.1)
+
+
 @pytest.mark.parametrize("empty", ["", " \n"])
 def test_without_a_painting_there_are_no_phrases(empty):
     assert parse(empty).phrases == ()

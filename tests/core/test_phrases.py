@@ -1,6 +1,7 @@
 """Phrases are found as a reader finds them: whole words, whatever the capitals, spaces, accents and quotation marks."""
 
 import re
+import time
 import unicodedata
 
 import pytest
@@ -165,3 +166,15 @@ def test_plain_text_is_searched_as_a_regular_expression_would(text, phrase):
     left, right = (r"\b" if phrase.strip()[i : i + 1 or None].isalnum() else "" for i in (0, -1))
     expected = [match.span() for match in re.finditer(left + pattern + right, text)] if words else []
     assert occurrences(text, phrase) == expected
+
+
+def test_long_runs_of_accents_are_read_in_time_for_their_length():
+    text = "a" + "\u0315\u0300" * 10_000
+    start = time.process_time()
+    assert occurrences(text + " fox", "fox") == [(len(text) + 1, len(text) + 4)]
+    assert time.process_time() - start < 2  # without a longest character it is 10
+
+
+def test_similar_words_are_not_looked_for_in_what_is_too_long_to_compare():
+    with pytest.raises(ValueError, match=r"Phrases repeat words of the prompt, in order\.$"):
+        find("a red fox " * 2000, "a red fix " * 100)

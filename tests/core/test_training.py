@@ -240,6 +240,24 @@ def test_every_shipped_recipe_reads(pytestconfig):
             "[network]\npreset = 'tiny'\n[data]\nencoders = 'x'\npairs = 1\n[[nodes]]\nname='a'\nsteps=1\nbatch=1\nparent='b'",
             "starts from 'b'",
         ),
+        (
+            "network = 3\n[data]\nencoders = 'x'\npairs = 1\n[[nodes]]\nname='a'\nsteps=1\nbatch=1",
+            "network is a table, got 3",
+        ),
+        (
+            "[network]\npreset = 'tiny'\n[data]\nencoders = 'x'\npairs = 1\n[[nodes]]\nname='a'\nsteps='many'\nbatch=1",
+            "steps of a node",
+        ),
+        (
+            "[network]\npreset = 'tiny'\n[data]\nencoders = 'x'\npairs = 1\n[[nodes]]\nname='../a'\nsteps=1\nbatch=1",
+            "without a folder",
+        ),
+        (
+            "[network]\npreset = 'tiny'\n[data]\nencoders = 'x'\npairs = '%9d'\n[[nodes]]\nname='a'\nsteps=1\nbatch=1",
+            "pairs of data",
+        ),
+        ("nodes = 3\n[network]\npreset = 'tiny'\n[data]\nencoders = 'x'\npairs = 1", "nodes are a list of tables"),
+        ("a = " + "[" * 100_000, "recipe.toml is not valid TOML"),
     ],
 )
 def test_an_unusable_recipe_is_refused(tmp_path, text, message):
