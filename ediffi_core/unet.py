@@ -89,7 +89,7 @@ class NetworkConfig:
             else:
                 fits, expected = all(isinstance(value, kind) for value in values), f"of type {kind.__name__}"
             if not fits:
-                raise ValueError(f"{one.name} of a network is {expected}, got {str(value)[:80]!r}.")
+                raise ValueError(f"{one.name} of a network must be {expected}, got {repr(value)[:80]}.")
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout is a probability from 0 to 1, got {self.dropout!r}.")
 

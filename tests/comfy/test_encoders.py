@@ -490,7 +490,7 @@ def test_a_missing_part_is_named(pack, broken):
         ("clip/open_clip_config.json", b'{"model_cfg": {}}', "open_clip_config.json does not say text_cfg"),
         ("clip/bpe_merges.txt.gz", b"no gzip", "is no list of merges"),
         ("t5/model.safetensors.index.json", b'{"weight_map": []}', "lists no parts in weight_map"),
-        ("t5/model.safetensors.index.json", b"[]", "lists no parts in weight_map"),
+        ("t5/model.safetensors.index.json", b"[]", "should hold a JSON object, got list"),
     ],
 )
 def test_damaged_and_missing_files_are_named(pack, broken, file, content, message):

@@ -253,7 +253,7 @@ def test_bfloat16_stays_near_float32():
         (dict(cross_attention=(True,)), "have 2, 2, 2 and 1 entries"),
         (dict(channels=18), "cannot be divided into 4 norm groups"),
         (dict(head_channels=24), "heads of 24 channels"),
-        (dict(channels=0), "A level of 0 channels"),
+        (dict(channels=0), "channels of a network must be whole numbers from 1 to 1048576, got 0"),
         (dict(norm="batch"), 'The norm is "group" or "pixel", got \'batch\''),
     ],
     ids=str,
