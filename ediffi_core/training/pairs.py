@@ -2,7 +2,8 @@
 
 A shard is a safetensors file of a few thousand pairs. Tokens of all captions lie end to end, (tokens, E) float16, with
 the length of each beside them, so padding is not stored. Pictures are (n, H, W, 3) uint8. Beside each lies the number of
-its style and, of Shapeworld, where its objects are and which tokens are about them. Shards are read where they lie: the system keeps in memory what is used often, as far as there is room.
+its style and, of Shapeworld, where its objects are and which tokens are about them. Shards are read where they lie: the
+system keeps in memory what is used often, as far as there is room.
 """
 
 import json
