@@ -289,7 +289,10 @@ def test_a_link_to_itself_is_refused(folder):
             lambda values: values["network"].update(head_channels=0),
             "head_channels of a network must be whole numbers from 1",
         ),
-        (lambda values: values["network"].update(channels="x", channel_mult=[10**12]), "channel.* must be whole numbers"),
+        (
+            lambda values: values["network"].update(channels="x", channel_mult=[10**12]),
+            "channel.* must be whole numbers",
+        ),
         (lambda values: values["network"].update(dropout=2), "dropout is a probability"),
         (lambda values: values["network"].update(blocks=[10**6, 1]), "too few for the 1000001 blocks on 2 levels"),
     ],
