@@ -1,8 +1,8 @@
 """Training of the demo family's encoders: a small T5 and a small CLIP that know the world of shapes.
 
 T5 learns by span corruption (Raffel et al. 2020) on captions and on pairs of captions of one scene: what is hidden in
-one stands in the other, so colours must be bound to shapes. CLIP learns by contrasting pictures with captions. Both are
-written in the layout of their large relatives, so whatever loads T5-XXL and CLIP-L loads these. Training loops yield
+one stands in the other, so colours must be bound to shapes; where a recipe asks for it, also by `binding`. CLIP learns by
+contrasting pictures with captions. Both are written in the layout of their large relatives, so whatever loads T5-XXL and CLIP-L loads these. Training loops yield
 (step, loss); `main` prints. The two parts are independent and may run at the same time.
 """
 
@@ -51,6 +51,7 @@ from ..encoders import (
 from ..shapeworld.captions import caption
 from ..shapeworld.render import as_uint8, render
 from ..shapeworld.world import COLORS, PLACES, SHAPES, STYLES, Scene, random_scene
+from .binding import Readers, Said, said, stacked
 
 SENTINELS = 100  # what transformers' T5 tokenizer expects
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -81,6 +82,12 @@ def caption_pairs(count: int, seed: int) -> list[str]:
         parts = [caption(scene, rng, "short").text + ".", caption(scene, rng, form_of_caption(rng, 0.5)).text]
         texts.append(" ".join(parts if rng.random() < 0.5 else reversed(parts)))
     return texts
+
+
+def bound_captions(tokenizer, count: int, rng: np.random.Generator, form: str) -> list[Said]:
+    captioned = (caption(random_scene(rng), rng, form) for _ in range(count))
+    read = ((words, t5_tokens(tokenizer, words.text)) for words in captioned)
+    return [said(words, tokens.ids, tokens.spans) for words, tokens in read]
 
 
 def form_of_caption(rng: np.random.Generator, long_share: float) -> str:
@@ -258,16 +265,34 @@ def new_t5(network: dict, vocabulary: int):
     return model
 
 
-def train_t5(model, rows: dict[str, list[list[int]]], training: dict, seed: int, first_sentinel: int) -> Steps:
-    """rows: tokens of texts by form; each batch has one form, so that little is padding."""
+def train_t5(
+    model,
+    rows: dict[str, list[list[int]]],
+    training: dict,
+    seed: int,
+    first_sentinel: int,
+    bound: dict[str, list[Said]] | None = None,
+) -> Steps:
+    """rows: tokens of texts by form; each batch has one form, so that little is padding.
+
+    bound: captions by form whose tokens are asked what they are about, where training["binding"] says how much that counts.
+    """
     rng = np.random.default_rng(seed)
     forms = list(training["forms"])
-    optimizer, schedule = optimization(model, training, betas=(0.9, 0.98))
+    weight = training.get("binding", 0.0)
+    readers = Readers(model.config.d_model)
+    optimizer, schedule = optimization(nn.ModuleList([model, readers]), training, betas=(0.9, 0.98))
     for step in range(1, training["steps"] + 1):
         of_form = rows[rng.choice(forms, p=list(training["forms"].values()))]
         chosen = [of_form[i] for i in rng.integers(len(of_form), size=training["batch"])]
         with low_precision(training):
             loss = model(**corrupted_batch(chosen, rng, training, first_sentinel)).loss
+            if weight:
+                of_form = bound[rng.choice(list(bound))]
+                whole = [of_form[i] for i in rng.integers(len(of_form), size=training["batch"])]
+                ids, mask = padded([one.ids for one in whole])
+                states = model.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+                loss = loss + weight * readers(states, stacked([one.answers for one in whole]))
         descend(model, loss, optimizer, schedule)
         yield step, loss.item()
 
@@ -527,7 +552,11 @@ def make_t5(recipe: dict, folder: Path) -> Steps:
         "pair": caption_pairs(30_000, seed + 1),
     }
     rows = {form: [t5_tokens(tokenizer, text).ids for text in of_form] for form, of_form in texts.items()}
-    yield from train_t5(model, rows, t5["training"], seed, vocabulary - 1)
+    bound = None
+    if t5["training"].get("binding"):
+        rng = np.random.default_rng(seed + 7)
+        bound = {form: bound_captions(tokenizer, 20_000, rng, form) for form in ("short", "long")}
+    yield from train_t5(model, rows, t5["training"], seed, vocabulary - 1, bound)
 
     write_t5(folder, model, t5["network"])
     model.eval()
