@@ -10,7 +10,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from .pipeline import DEFAULTS, OVERLAP, SR_DEFAULTS, Settings
+from .pipeline import DEFAULTS, OVERLAP, SR_DEFAULTS, Settings, recommended
 from .style import FITS
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
@@ -209,10 +209,8 @@ def _described(name: str, *stages: str):
 
 def _settings(description, options: argparse.Namespace | None = None, defaults: Settings = DEFAULTS) -> Settings:
     """The defaults, changed by what the ensemble recommends, changed by what the command line says."""
-    recommended = {name: value for name, value in description.sampler.items() if name in Settings._fields}
     names = ("steps", "guidance_scale", "sampler", "style_guidance_scale")
-    chosen = {name: getattr(options, name, None) for name in names}
-    return defaults._replace(**{**recommended, **{name: value for name, value in chosen.items() if value is not None}})
+    return recommended(description.sampler, defaults, **{name: getattr(options, name, None) for name in names})
 
 
 def _loaded_encoders(options: argparse.Namespace, *descriptions):
@@ -223,13 +221,11 @@ def _loaded_encoders(options: argparse.Namespace, *descriptions):
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    recommended = {
-        description.encoders: description.folder.name for description in descriptions if description.encoders
-    }
-    if len(recommended) > 1 and not options.encoders:
-        each = ", ".join(f"{name} {encoders!r}" for encoders, name in recommended.items())
+    wanted = {description.encoders: description.folder.name for description in descriptions if description.encoders}
+    if len(wanted) > 1 and not options.encoders:
+        each = ", ".join(f"{name} {encoders!r}" for encoders, name in wanted.items())
         raise ValueError(f"The ensembles were trained with different encoders: {each}. Choose ensembles of one family.")
-    return load_encoders(found(options.encoders or next(iter(recommended), "shapeworld"), ENCODERS))
+    return load_encoders(found(options.encoders or next(iter(wanted), "shapeworld"), ENCODERS))
 
 
 def _report(line: str, passing: bool = False) -> None:
@@ -450,8 +446,7 @@ def _samples(recipe, options: argparse.Namespace):
         lines = options.captions.read_text(encoding="utf-8").splitlines()
         captions = [line.strip() for line in lines if line.strip()]
     encoders = load_encoders(found(recipe.data.encoders, ENCODERS))
-    known = {name: value for name, value in recipe.sampler.items() if name in Settings._fields}
-    settings = DEFAULTS._replace(**known)
+    settings = recommended(recipe.sampler)
     settings = settings._replace(steps=min(settings.steps, SAMPLE_STEPS))
     side = recipe.data.resolution
     return Samples(captions, conditioning_of(captions, encoders), settings, (side, side))

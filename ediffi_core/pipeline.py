@@ -1,7 +1,7 @@
 """The pipeline: from a prompt to a picture, the whole method as one function. Start reading here."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,15 @@ DEFAULTS = Settings()
 # In few steps Heun's second look comes from far below its first, where the image has long changed: Euler is better (docs/cascade.md).
 SR_DEFAULTS = Settings(steps=8, guidance_scale=1.0, sampler="euler")
 OVERLAP, GRID = 64, 32  # pixels that tiles share; what their places are multiples of, as are the cells of networks
+
+
+def recommended(advice: Mapping[str, Any], defaults: Settings = DEFAULTS, /, **chosen: Any) -> Settings:
+    """The defaults, changed by what an ensemble recommends, changed by what somebody chose, where that is not None.
+
+    advice: the sampler of `ensemble.json` or of a recipe; entries that are no settings are passed over.
+    """
+    known = {name: value for name, value in advice.items() if name in Settings._fields}
+    return defaults._replace(**{**known, **{name: value for name, value in chosen.items() if value is not None}})
 
 
 def conditioning_of(

@@ -37,7 +37,7 @@ from ..cli import ENCODERS, ENSEMBLES, found
 from ..conditioning import Conditioning
 from ..encoders import Encoders, load_encoders
 from ..ensemble import Denoise
-from ..pipeline import DEFAULTS, SR_DEFAULTS, Settings, conditioning_of, guided_by, upscale, walked
+from ..pipeline import SR_DEFAULTS, Settings, conditioning_of, guided_by, recommended, upscale, walked
 from ..preconditioning import Denoiser
 from ..samplers import seeded_noise
 from ..schedule import karras_sigmas
@@ -410,12 +410,8 @@ def run(options: argparse.Namespace) -> tuple[dict, list[Judged]]:
     resolution = RESOLUTIONS[description.stage]
     encoders = load_encoders(found(options.encoders, ENCODERS))
 
-    def recommended(description, defaults: Settings) -> Settings:
-        return defaults._replace(**{k: v for k, v in description.sampler.items() if k in Settings._fields})
-
     chosen = {name: getattr(options, name) for name in ("steps", "guidance_scale", "sampler")}
-    settings = recommended(description, SR_DEFAULTS)
-    settings = settings._replace(**{name: value for name, value in chosen.items() if value is not None})
+    settings = recommended(description.sampler, SR_DEFAULTS, **chosen)
 
     def upscaler(folder: Path, settings: Settings) -> Upscaler:
         if folder.is_dir():
@@ -438,11 +434,11 @@ def run(options: argparse.Namespace) -> tuple[dict, list[Judged]]:
     else:
         folder = found(options.base, ENSEMBLES)
         base, base_settings = in_precision(load_ensemble(folder), options.precision), read_ensemble(folder)
-        base_settings = recommended(base_settings, DEFAULTS)
+        base_settings = recommended(base_settings.sampler)
         between = None
         if description.stage == "sr1024":
             folder = found(options.sr256, ENSEMBLES)
-            between = upscaler(folder, recommended(read_ensemble(folder), SR_DEFAULTS))
+            between = upscaler(folder, recommended(read_ensemble(folder).sampler, SR_DEFAULTS))
 
         def low_res_of(truth, scenes, conditioning, seed):
             pictures = of_base(exact(scenes, 64), conditioning, base, options.sigma, base_settings, seed)

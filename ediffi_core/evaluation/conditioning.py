@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_ensemble
+from ..checkpoint import load_ensemble, read_ensemble
 from ..conditioning import Conditioning
 from ..encoders import Encoders, load_encoders
 from ..ensemble import Denoise
-from ..pipeline import Settings, conditioning_of, sample
+from ..pipeline import Settings, conditioning_of, recommended, sample
 from ..shapeworld import Caption, caption, random_scene, read, render, score
 from ..shapeworld.world import STYLES
 from .reading import PRECISIONS, UNSEEN, counted, in_precision, unseen_captions
@@ -162,8 +162,8 @@ def main() -> None:
     parser.add_argument("--ensemble", type=Path, default=BUNDLED / "ensembles" / "shapeworld-base")
     parser.add_argument("--encoders", type=Path, default=BUNDLED / "encoders" / "shapeworld")
     parser.add_argument("--captions", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, help="the ensemble's if left out, as the next one")
+    parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", type=Path)
@@ -173,7 +173,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     encoders, ensemble = load_encoders(options.encoders), load_ensemble(options.ensemble)
     ensemble = in_precision(ensemble, options.precision)
-    settings = Settings(steps=options.steps, guidance_scale=options.guidance_scale)
+    sampler = read_ensemble(options.ensemble).sampler
+    settings = recommended(sampler, steps=options.steps, guidance_scale=options.guidance_scale)
     evaluate = {"encoders": of_encoders, "style": of_style}[options.what]
     scores, pictures = evaluate(options.captions, encoders, ensemble, settings)
     print(json.dumps(scores, indent=1))

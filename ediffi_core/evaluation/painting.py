@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..checkpoint import load_ensemble
+from ..checkpoint import load_ensemble, read_ensemble
 from ..conditioning import CLIP_LENGTH
 from ..encoders import Encoders, load_encoders
 from ..ensemble import Denoise
 from ..paint_with_words import PaintSettings, Region, Regions, painted
 from ..phrases import columns, find
-from ..pipeline import Settings, conditioning_of, sample
+from ..pipeline import Settings, conditioning_of, recommended, sample
 from ..shapeworld import COLORS, SHAPES, ObjectReading, Reading, read
 from .reading import PRECISIONS, UNSEEN, counted, in_precision
 
@@ -117,8 +117,8 @@ def main() -> None:
     parser.add_argument("--encoders", type=Path, default=BUNDLED / "encoders" / "shapeworld")
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.8])
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, help="the ensemble's if left out, as the next one")
+    parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -126,7 +126,8 @@ def main() -> None:
     sided = prompts(options.prompts)
     encoders, ensemble = load_encoders(options.encoders), load_ensemble(options.ensemble)
     ensemble = in_precision(ensemble, options.precision)
-    settings, rows = Settings(steps=options.steps, guidance_scale=options.guidance_scale), []
+    sampler = read_ensemble(options.ensemble).sampler
+    settings, rows = recommended(sampler, steps=options.steps, guidance_scale=options.guidance_scale), []
     for weight in options.weights:
         readings = [read(picture) for picture in pictures(sided, encoders, ensemble, weight, settings)]
         found = {name: counted(*tally) for name, tally in scores(sided, readings).items()}

@@ -18,7 +18,7 @@ from ..conditioning import Conditioning
 from ..encoders import load_encoders
 from ..ensemble import Denoise
 from ..guidance import guided, thresholded
-from ..pipeline import Settings, conditioning_of, sample
+from ..pipeline import Settings, conditioning_of, recommended, sample
 
 BUNDLED = Path(__file__).parents[2] / "demo"
 HELP = Path(__file__).parents[2] / "web" / "docs" / "images"  # where help pages on the canvas find pictures
@@ -94,8 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HELP / "thresholding.png")
     options = parser.parse_args()
     encoders, ensemble = load_encoders(options.encoders), load_ensemble(options.ensemble)
-    recommended = read_ensemble(options.ensemble).sampler
-    settings = Settings(**{name: value for name, value in recommended.items() if name in Settings._fields})
+    settings = recommended(read_ensemble(options.ensemble).sampler)
     conditioning = conditioning_of(PROMPTS, encoders)
     rows = [(f"cfg {settings.guidance_scale:g}", sampled(ensemble, conditioning, WAYS[0], settings))]
     for way in WAYS:
