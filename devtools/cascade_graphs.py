@@ -64,7 +64,7 @@ TEXT_TO_1024 = (
     },
     loaders() | {"sr256": stage("sr256", "64 to 256 pixels"), "sr1024": stage("sr1024", "256 to 1024 pixels")},
     base_stage(),
-    {"sampler": sampler(10, 12, 5.0, "heun", "edm", model="ensemble")},
+    {"sampler": sampler(10, 12, 3.0, "heun", "edm", model="ensemble")},
     {"decode": decode("ensemble.vae"), "to_256": enlarge("sr256", "decode", 20, "To 256 pixels")},
     {"to_1024": enlarge("sr1024", "to_256", 30, "To 1024 pixels")},
     {"save": save("to_1024")},
@@ -122,7 +122,7 @@ X4_STAGE = (
     },
     loaders() | {"sr256": stage("sr256", "64 to 256 pixels"), "upscaler": checkpoint(X4, "Stable Diffusion x4 upscaler")},
     base_stage(),
-    {"sampler": sampler(10, 12, 5.0, "heun", "edm", model="ensemble")},
+    {"sampler": sampler(10, 12, 3.0, "heun", "edm", model="ensemble")},
     {"decode": decode("ensemble.vae"), "to_256": enlarge("sr256", "decode", 20, "To 256 pixels")},
     {
         "words": text("Prompt of the upscaler", f"{PROMPT}, flat vector art", "upscaler.CLIP"),
@@ -164,7 +164,7 @@ IN_PARTS = (
     },
     loaders() | {"sr256": stage("sr256", "64 to 256 pixels")},
     base_stage(),
-    {"sampler": sampler(10, 12, 5.0, "heun", "edm", model="ensemble")},
+    {"sampler": sampler(10, 12, 3.0, "heun", "edm", model="ensemble")},
     {"decode": decode("ensemble.vae")},
     {
         "low_res": Node(

@@ -156,8 +156,8 @@ TEXT_TO_IMAGE = (
             "## A prompt becomes a picture\n\n"
             "Three expert denoisers share the noise levels: one paints the layout from pure noise, one the shapes, "
             "one the last details. They are loaded as one MODEL.\n\n"
-            "This small family comes with the pack and runs on any CPU. It is still learning Shapeworld; colours and backgrounds hold, shapes and places not yet: **circle, square, "
-            "triangle, star, cross, heart** in **red, orange, yellow, green, cyan, blue, purple, pink**, small or "
+            "This small family comes with the pack and runs on any CPU. It knows one to three shapes: **circle, square, triangle, "
+            "star, cross, heart** in **red, orange, yellow, green, cyan, blue, purple, pink**, small or "
             "large, at nine places, on a white, gray, black or beige background, flat, striped, dotted, hatched, "
             "outlined or grainy.\n\nPress Run, then try other words.",
             size=(400, 300),
@@ -165,11 +165,11 @@ TEXT_TO_IMAGE = (
     },
     loaders(),
     {
-        "positive": encode("a large red circle on a white background", "Prompt", 200),
+        "positive": encode("a large red heart and a small yellow star on a black background", "Prompt", 200),
         "negative": encode("", "Negative: empty is no text at all", 200),
         "empty": empty_image(400),
     },
-    {"sampler": sampler(10, 12, 5.0, "heun", "edm", model="ensemble")},
+    {"sampler": sampler(10, 12, 3.0, "heun", "edm", model="ensemble")},
     {"decode": decode("ensemble.vae"), "save": save()},
 )
 
@@ -209,7 +209,7 @@ PROMPT_PER_EXPERT = (
         )
     },
     {
-        f"sampler_{name}": sampler(10, 12, 5.0, "heun", "edm", model="ensemble", positive=positive)
+        f"sampler_{name}": sampler(10, 12, 3.0, "heun", "edm", model="ensemble", positive=positive)
         for name, positive in (("plain", "first"), ("late", "late"), ("early", "early"))
     },
     {f"decode_{name}": decode("ensemble.vae", f"sampler_{name}") for name in ("plain", "late", "early")},

@@ -102,7 +102,7 @@ DEMO = (
         ),
         "legend": legend(thumbnail=True),
     },
-    {"sampler": sampler(22, 12, 5.0, "heun", "edm", model="looks", positive="paint")},
+    {"sampler": sampler(22, 12, 3.0, "heun", "edm", model="looks", positive="paint")},
     {"decode": decode("ensemble.vae"), "save": save()},
     {
         "maps": Node(
@@ -152,7 +152,7 @@ COLOR_MAP = (
     },
     {
         "obeys": obey("ensemble", 0.8),
-        "sampler": sampler(22, 12, 5.0, "heun", "edm", model="obeys", positive="paint"),
+        "sampler": sampler(22, 12, 3.0, "heun", "edm", model="obeys", positive="paint"),
     },
     {"decode": decode("ensemble.vae"), "save": save()},
 )
@@ -206,7 +206,7 @@ MASKS = (
             size=(400, 0),
         ),
     },
-    {"sampler": sampler(8, 12, 5.0, "heun", "edm", model="ensemble", positive="second")},
+    {"sampler": sampler(8, 12, 3.0, "heun", "edm", model="ensemble", positive="second")},
     {"decode": decode("ensemble.vae"), "save": save()},
 )
 

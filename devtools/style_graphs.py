@@ -104,7 +104,7 @@ ENCODERS = (
         )
     },
     {
-        f"sampler_{name}": sampler(SEED, 12, 5.0, "heun", "edm", model="ensemble", positive=name)
+        f"sampler_{name}": sampler(SEED, 12, 3.0, "heun", "edm", model="ensemble", positive=name)
         for name in ("t5", "clip", "both")
     },
     *side_by_side({"t5": "T5 alone", "clip": "CLIP alone", "both": "Both"}),
@@ -173,7 +173,7 @@ FROM_A_REFERENCE = (
         "late": style("3. From sigma 5 down", "prompt", strength=1.0, start_sigma=5.0),
     },
     {
-        f"sampler_{name}": sampler(SEED, 12, 5.0, "heun", "edm", model="ensemble", positive=positive)
+        f"sampler_{name}": sampler(SEED, 12, 3.0, "heun", "edm", model="ensemble", positive=positive)
         for name, positive in (("none", "prompt"), ("whole", "whole"), ("late", "late"))
     },
     *side_by_side({"none": "1. Without a style", "whole": "2. With the style", "late": "3. From sigma 5 down"}),
@@ -202,11 +202,11 @@ PAINTED_WITH_STYLE = (
         "empty": empty_image(),
         "legend": legend(thumbnail=True),
     },
-    {"sampler": sampler(22, 12, 5.0, "heun", "edm", model="obeys", positive="styled")},
+    {"sampler": sampler(22, 12, 3.0, "heun", "edm", model="obeys", positive="styled")},
     {"decode": decode("ensemble.vae"), "save": save()},
 )
 
-APART = {"weak": 1.0, "even": 5.0, "strong": 9.0}  # how strongly the style is guided
+APART = {"weak": 1.0, "even": 3.0, "strong": 6.0}  # how strongly the style is guided
 
 GUIDED_APART = (
     {
@@ -216,8 +216,8 @@ GUIDED_APART = (
             "cfg pulls a picture away from what the network paints without text and style, on both alike. ComfyUI's **Dual "
             "CFG Guider** pulls on each by itself: **cfg_conds** on the text, **cfg_cond2_negative** on the style.\n\n"
             "It compares three conditionings: prompt and style, the style alone, and nothing. **Drop Embeddings** makes the "
-            "last two from the first. All pictures have text 5; the style has 1, which saves a third of the work, then 5, "
-            "which is plain cfg 5, then 9.\n\n"
+            "last two from the first. All pictures have text 3; the style has 1, which saves a third of the work, then 3, "
+            "which is plain cfg 3, then 6.\n\n"
             "It needs no files: the demo family comes with the pack.",
             size=(400, 400),
         )
@@ -246,9 +246,9 @@ GUIDED_APART = (
     {
         f"guider_{name}": Node(
             "DualCFGGuider",
-            {"cfg_conds": 5.0, "cfg_cond2_negative": scale, "style": "regular"},
+            {"cfg_conds": 3.0, "cfg_cond2_negative": scale, "style": "regular"},
             {"model": "ensemble", "cond1": "styled", "cond2": "style", "negative": "nothing"},
-            f"Text 5, style {scale:g}",
+            f"Text 3, style {scale:g}",
             (300, 0),
         )
         for name, scale in APART.items()
@@ -264,12 +264,12 @@ GUIDED_APART = (
                 "sigmas": "sigmas",
                 "latent_image": "empty",
             },
-            f"Text 5, style {scale:g}",
+            f"Text 3, style {scale:g}",
             (280, 0),
         )
         for name, scale in APART.items()
     },
-    *side_by_side({name: f"Text 5, style {scale:g}" for name, scale in APART.items()}),
+    *side_by_side({name: f"Text 3, style {scale:g}" for name, scale in APART.items()}),
 )
 
 ON_FLUX = (

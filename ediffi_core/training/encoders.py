@@ -48,10 +48,12 @@ from ..encoders import (
     t5_tokens,
     text_states,
 )
+from ..phrases import columns
 from ..shapeworld.captions import caption
 from ..shapeworld.render import as_uint8, render
 from ..shapeworld.world import COLORS, PLACES, SHAPES, STYLES, Scene, random_scene
-from .binding import Readers, Said, said, stacked
+from .binding import OF_OBJECTS, Readers, Said, said, stacked
+from .grounding import said_of
 
 SENTINELS = 100  # what transformers' T5 tokenizer expects
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -643,22 +645,26 @@ def measure(folder: Path, recipe: dict) -> dict:
 
 
 def token_probes(encoders, of: list[Scene], rng: np.random.Generator) -> dict:
-    """What the token of a shape's name knows: the shape, and the colour bound to it rather than to the other one."""
-    said = [caption(scene, rng, "short") for scene in of]
-    texts = [c.text for c in said]
+    """What single tokens know of the object they belong to, of which there are several: by encoder, the word the token
+    ends, and the topic. Captions are long and say everything."""
+    said = [caption(scene, rng, "long") for scene in of]
+    texts = [words.text for words in said]
     prompts, embedded = encoders.tokens(texts), encoders.encode_text(texts)
-    claims = [c.claims.objects[0] for c in said]
-    labels = {
-        "shape": torch.tensor([SHAPES.index(claim.shape) for claim in claims]),
-        "color": torch.tensor([list(COLORS).index(claim.color) for claim in claims]),
-    }
-    figures = {}
+    claims = [words.claims.objects[0] for words in said]
+    topics = {name: [options.index(getattr(one, name)) for one in claims] for name, options in OF_OBJECTS.items()}
+    topics["style"] = [STYLES.index(words.claims.style) for words in said]
+    ends = {"shape": [one.span[1] for one in claims]}  # a phrase ends with its color and its shape
+    ends["color"] = [end - len(one.shape) - 1 for end, one in zip(ends["shape"], claims, strict=True)]
+    ends["place"] = [said_of(text, one)[1][1] for text, one in zip(texts, claims, strict=True)]
+    figures: dict = {}
     for name, states in (("clip", embedded.clip_tokens), ("t5", embedded.t5_tokens)):
         spans = [getattr(prompt, name).spans for prompt in prompts]
-        ends = [claim.span[1] for claim in claims]  # a phrase ends with the shape
-        at = [[stop for _, stop in row].index(end) for row, end in zip(spans, ends, strict=True)]
-        features = states[torch.arange(len(at)), at]
-        figures[name] = {label: probe(features, values) for label, values in labels.items()}
+        for word, stops in ends.items():
+            at = [columns(row, [(stop - 1, stop)])[0] for row, stop in zip(spans, stops, strict=True)]
+            features = states[torch.arange(len(at)), at]
+            figures.setdefault(name, {})[word] = {
+                topic: probe(features, torch.tensor(values)) for topic, values in topics.items()
+            }
     return figures
 
 
