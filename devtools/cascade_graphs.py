@@ -21,7 +21,7 @@ from .painting_graphs import stock_sampler
 X4 = hugging_face(
     "x4-upscaler-ema.safetensors", "checkpoints", "stabilityai/stable-diffusion-x4-upscaler", "CreativeML Open RAIL++-M"
 )
-PROMPT = "a large red circle on a white background"
+PROMPT = "a large red circle in the center on a white background"
 
 
 def stage(name: str, title: str) -> Node:

@@ -165,7 +165,9 @@ TEXT_TO_IMAGE = (
     },
     loaders(),
     {
-        "positive": encode("a large red heart and a small yellow star on a black background", "Prompt", 200),
+        "positive": encode(
+            "a large red heart on the left and a small yellow star on the right on a black background", "Prompt", 200
+        ),
         "negative": encode("", "Negative: empty is no text at all", 200),
         "empty": empty_image(400),
     },
@@ -183,16 +185,16 @@ PROMPT_PER_EXPERT = (
             "1. every expert hears the first prompt\n"
             "2. only the expert of the **lowest** noise hears the second one: next to nothing changes, because the picture "
             "is settled by then\n"
-            "3. only the expert of the **highest** noise hears the first one: what it settled stays, such as the background; "
-            "the rest follows the second prompt\n\n"
+            "3. only the expert of the **highest** noise hears the first one: what it settled stays in part: the background "
+            "is not black; the rest follows the second prompt\n\n"
             "**eDiff-I Expert Conditioning** gives each expert its own: expert_1 works at the highest noise. It needs no "
             "files: the demo family comes with the pack.",
         )
     },
     loaders() | {"empty": empty_image()},
     {
-        "first": encode("a large red circle on a white background", "First prompt"),
-        "second": encode("a large blue square on a black background", "Second prompt"),
+        "first": encode("a large red circle in the center on a white background", "First prompt"),
+        "second": encode("a large blue square in the center on a black background", "Second prompt"),
         "negative": encode("", "Negative", 140),
     },
     {
@@ -229,8 +231,8 @@ EDM = (
             "**eDiff-I KSampler** in pieces, for **SamplerCustom**: **KarrasScheduler** gives the noise levels of EDM, from "
             "80 to 0.002 with rho 7; **eDiff-I EDM Sampler** goes down them with a little fresh noise before each step "
             "(s_churn). **eDiff-I Ensemble Timeline** draws which expert denoises which step.\n\n"
-            "Both pictures are pulled hard, with cfg 15, which drives pixels far beyond black and white until the first falls "
-            "apart. The second goes through **eDiff-I Dynamic Thresholding**, which brings them back at every step. Its "
+            "Both pictures are pulled hard, with cfg 15, which drives pixels far beyond black and white. "
+            "The second goes through **eDiff-I Dynamic Thresholding**, which brings them back at every step. Its "
             "**maximum** of 1 only cuts them; above that the picture is scaled as well, and with this family turns gray.\n\n"
             "It needs no files: the demo family comes with the pack.",
             size=(400, 360),
@@ -238,7 +240,7 @@ EDM = (
     },
     loaders() | {"empty": empty_image()},
     {
-        "positive": encode("a large red circle on a white background", "Prompt"),
+        "positive": encode("a large red circle in the center on a white background", "Prompt"),
         "negative": encode("", "Negative: empty is no text at all"),
     },
     {

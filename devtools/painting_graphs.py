@@ -59,8 +59,7 @@ DEMO = (
             "above the canvas to choose another phrase, paint, press Run.\n\n"
             "**Apply Paint With Words** sets how strongly the picture obeys: 0.8 suits this small family. **Attention "
             "Maps** notes, from high noise to low, where the picture looks at each painted phrase.\n\n"
-            "Everything here comes with the pack. The family has learned colors and not yet shapes, and not every seed "
-            "obeys: take what has the color for the thing.",
+            "Everything here comes with the pack.",
             size=(400, 330),
         )
     },
@@ -125,7 +124,7 @@ COLOR_MAP = (
             "size.\n\n"
             "White is in no line and, at tolerance 0.1, near none of them, so it is left to the prompt. Raise the "
             "tolerance for drawings with soft edges.\n\n"
-            "Prompt and seed are those of **Paint with words**, the sides are exchanged: so are the colors. It needs no files.",
+            "Prompt and seed are those of **Paint with words**, the sides are exchanged: so are the things. It needs no files.",
             size=(400, 320),
         )
     },

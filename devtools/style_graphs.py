@@ -14,7 +14,7 @@ T5_XXL = hugging_face("t5xxl_fp16.safetensors", "text_encoders", "comfyanonymous
 CLIP_L = hugging_face("clip_l.safetensors", "text_encoders", "comfyanonymous/flux_text_encoders", "MIT")
 
 ENCODERS_PROMPT = "a large red circle on the left and a small blue square on the right, on a white background"
-PROMPT = "a large red circle on a white background"
+PROMPT = "a large red circle in the center on a white background"
 PAINT = next(column["paint"] for column in PAINTED if "paint" in column)
 SEED = 10
 
