@@ -21,9 +21,9 @@ def in_precision(denoise: Denoise, precision: str) -> Denoise:
     if precision == "float32":
         return denoise
 
-    def lower(x, sigma, conditioning):
+    def lower(x, sigma, conditioning, **options):
         with torch.autocast(x.device.type, torch.bfloat16):
-            return denoise(x, sigma, conditioning).to(x.dtype)
+            return denoise(x, sigma, conditioning, **options).to(x.dtype)
 
     return lower
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+import torch
 
-from ediffi_core.evaluation.reading import Picture, interval_95, summary, unseen_captions
+from ediffi_core.evaluation.reading import Picture, in_precision, interval_95, summary, unseen_captions
 from ediffi_core.shapeworld import caption, random_scene, read, render, score
 
 
@@ -38,3 +39,16 @@ def test_the_interval_holds_the_share_and_stays_between_0_and_1(right, total):
     low, high = interval_95(right, total)
     assert 0 <= low <= right / total + 1e-9
     assert right / total - 1e-9 <= high <= 1
+
+
+def test_low_precision_is_of_the_products_alone_and_passes_all_on():
+    def denoise(x, sigma, conditioning, attend=None):
+        assert attend == "painted"
+        assert torch.is_autocast_enabled("cpu")
+        return x @ x
+
+    x = torch.rand(1, 3, 4, 4)
+    lower = in_precision(denoise, "bfloat16")(x, None, None, attend="painted")
+    assert lower.dtype == torch.float32
+    torch.testing.assert_close(lower, x @ x, rtol=2e-2, atol=0)
+    assert in_precision(denoise, "float32") is denoise
