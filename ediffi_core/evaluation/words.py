@@ -21,11 +21,11 @@ from ..conditioning import Conditioning
 from ..ensemble import Denoise
 from ..preconditioning import SIGMA_DATA, Denoiser, loss_weight
 from ..shapeworld import caption, random_scene, render
-from ..shapeworld.world import COLORS, PLACES, SHAPES, SIZES, STYLES, Scene
+from ..shapeworld.world import STYLES, Scene
+from ..training.binding import OF_OBJECTS
 from .reading import PRECISIONS, UNSEEN, in_precision
 
 SIGMAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-OF_OBJECTS = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES), "place": PLACES}
 CHANGES = ("nothing", *OF_OBJECTS, "style", "places exchanged")
 BUNDLED = Path(__file__).parents[2] / "demo"
 

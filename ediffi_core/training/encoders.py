@@ -2,8 +2,9 @@
 
 T5 learns by span corruption (Raffel et al. 2020) on captions and on pairs of captions of one scene: what is hidden in
 one stands in the other, so colours must be bound to shapes; where a recipe asks for it, also by `binding`. CLIP learns by
-contrasting pictures with captions. Both are written in the layout of their large relatives, so whatever loads T5-XXL and CLIP-L loads these. Training loops yield
-(step, loss); `main` prints. The two parts are independent and may run at the same time.
+contrasting pictures with captions. Both are written in the layout of their large relatives, so whatever loads T5-XXL and
+CLIP-L loads these. Training loops yield (step, loss); `main` prints. The two parts are independent and may run at the same
+time.
 """
 
 import argparse
@@ -647,12 +648,12 @@ def measure(folder: Path, recipe: dict) -> dict:
 def token_probes(encoders, of: list[Scene], rng: np.random.Generator) -> dict:
     """What single tokens know of the object they belong to, of which there are several: by encoder, the word the token
     ends, and the topic. Captions are long and say everything."""
-    said = [caption(scene, rng, "long") for scene in of]
-    texts = [words.text for words in said]
+    captioned = [caption(scene, rng, "long") for scene in of]
+    texts = [words.text for words in captioned]
     prompts, embedded = encoders.tokens(texts), encoders.encode_text(texts)
-    claims = [words.claims.objects[0] for words in said]
+    claims = [words.claims.objects[0] for words in captioned]
     topics = {name: [options.index(getattr(one, name)) for one in claims] for name, options in OF_OBJECTS.items()}
-    topics["style"] = [STYLES.index(words.claims.style) for words in said]
+    topics["style"] = [STYLES.index(words.claims.style) for words in captioned]
     ends = {"shape": [one.span[1] for one in claims]}  # a phrase ends with its color and its shape
     ends["color"] = [end - len(one.shape) - 1 for end, one in zip(ends["shape"], claims, strict=True)]
     ends["place"] = [said_of(text, one)[1][1] for text, one in zip(texts, claims, strict=True)]
