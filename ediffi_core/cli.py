@@ -404,8 +404,14 @@ def train(options: argparse.Namespace) -> None:
     folder = options.folder / recipe.name
     with _signals() as caught:
         for node in [recipe.node(options.node)] if options.node else recipe.nodes:
-            trainer = Trainer(recipe, node, pairs, folder, engine=engine, accumulate=options.accumulate)
-            if stopped := _run(trainer, options, samples, caught):
+            # of the trainer nothing is kept: what it holds of the other processes has to go before the engine lets go of them
+            stopped = _run(
+                Trainer(recipe, node, pairs, folder, engine=engine, accumulate=options.accumulate),
+                options,
+                samples,
+                caught,
+            )
+            if stopped:
                 engine.close()
                 raise SystemExit(128 + stopped)
     if options.export and engine.rank == 0:

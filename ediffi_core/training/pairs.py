@@ -192,11 +192,26 @@ class Pairs:
         """The rows of each style."""
         return {int(style): (self.styles == style).nonzero()[:, 0] for style in self.styles.unique()}
 
-    def draw(self, count: int, generator: torch.Generator, even_styles: bool = False) -> Tensor:
-        """Random rows (count,), each as likely as any other; or each style as likely as any other, and its rows alike."""
-        if not even_styles:
+    @cached_property
+    def style_named(self) -> Tensor:
+        """(n,) bool: does the caption say the style? Only where objects are known."""
+        return self.objects.clip[:, -1].any(1) | self.objects.t5[:, -1].any(1)
+
+    def draw(
+        self, count: int, generator: torch.Generator, even_styles: bool = False, unnamed: float | None = None
+    ) -> Tensor:
+        """Random rows (count,), each as likely as any other; or each style as likely as any other, and its rows alike.
+
+        unnamed: the share of rows whose captions do not say the style, by default as large as it is.
+        """
+        if not even_styles and unnamed is None:
             return torch.randint(len(self), (count,), generator=generator)
-        shares = 1 / torch.bincount(self.styles.long())[self.styles.long()]
+        shares = torch.ones(len(self))
+        if even_styles:
+            shares = 1 / torch.bincount(self.styles.long())[self.styles.long()]
+        if unnamed is not None:
+            kinds = ((unnamed, shares * ~self.style_named), (1 - unnamed, shares * self.style_named))
+            shares = sum(share * of / of.sum().clamp(min=1e-8) for share, of in kinds)  # of a kind there may be none
         return torch.multinomial(shares, count, replacement=True, generator=generator)
 
     def references(self, rows: Tensor, generator: torch.Generator) -> Tensor:

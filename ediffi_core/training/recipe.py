@@ -166,9 +166,14 @@ class Node:
     noise_mean: float | None = None  # of ln sigma; None: the recipe's
     noise_std: float | None = None
     drop_image: float | None = None  # how often the image embedding is dropped; None: as the recipe's dropout says
+    unnamed_styles: float | None = None  # share of the pictures whose captions leave the style to the reference; ours
     whiten: bool = False  # train projections of embeddings as if all directions were equally loud; ours
     grounding: float = 0.0  # weight of `grounding_loss`; ours, needs pictures whose objects are known
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.unnamed_styles is not None and not 0 <= self.unnamed_styles <= 1:
+            raise ValueError(f"unnamed_styles of {self.name} is a share from 0 to 1, got {self.unnamed_styles}")
 
     @property
     def intervals(self) -> tuple[NoiseInterval, ...]:

@@ -5,6 +5,7 @@ that was not. Several processes draw the same batch and take a slice each, so th
 lives in safetensors and JSON, written whole or not at all.
 """
 
+import gc
 import json
 import math
 import os
@@ -190,6 +191,11 @@ class Accelerated(Engine):
         return self.accelerator.reduce(values.to(self.device), reduction="mean")
 
     def close(self) -> None:
+        # A process that ends while threads of the group still hold tensors of its last reduction is aborted: so first all
+        # wait for each other, and nothing keeps the group.
+        self.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
 
@@ -282,10 +288,11 @@ class Trainer:
         if self.state_path.is_file():
             self._resume()
         around = recipe.stage != "base" and recipe.network.residual
-        if node.grounding and pairs.objects is None:
+        needs = [name for name in ("grounding", "unnamed_styles") if getattr(node, name)]
+        if needs and pairs.objects is None:
             raise ValueError(
-                f"Node {node.name} has grounding, but where the objects of these pictures are is not known. Set grounding to 0, "
-                f"or prepare pictures of Shapeworld again."
+                f"Node {node.name} has {needs[0]}, but where the objects of these pictures are is not known, nor what their "
+                f"captions say of them. Leave {needs[0]} out, or prepare pictures of Shapeworld again."
             )
         self.objective = self.engine.prepare(Objective(self.denoiser, around, node.grounding))
         self.engine.mean(torch.zeros(1))  # wait until all have read the files
@@ -370,7 +377,7 @@ class Trainer:
         batch, rates = self.node.batch, self.dropout
         # of a few batches' worth of pairs, sorted by the length of their captions, one slice: little is padding, and
         # every pair that is drawn is as likely as any other
-        drawn = self.pairs.draw(POOL * batch, generator, self.recipe.data.even_styles)
+        drawn = self.pairs.draw(POOL * batch, generator, self.recipe.data.even_styles, self.node.unnamed_styles)
         slice_of = int(torch.randint(POOL, (), generator=generator))
         rows = drawn[self.pairs.lengths[drawn].argsort(stable=True)][slice_of * batch : (slice_of + 1) * batch]
         same_style = self.recipe.data.references == "style"
@@ -468,7 +475,8 @@ class Trainer:
             raise ValueError(
                 f"{self.state_path} is damaged ({error}). Put a copy in its place, or remove it to begin again."
             ) from error
-        if saved["node"] != json.loads(json.dumps(asdict(self.node))):
+        unsaid = asdict(Node(self.node.name, self.node.steps, self.node.batch))  # entries may be newer than the state
+        if json.loads(json.dumps(unsaid | saved["node"])) != json.loads(json.dumps(asdict(self.node))):
             raise ValueError(
                 f"{self.state_path} continues a node of other settings ({saved['node']}) than the recipe's. "
                 f"Restore the recipe, or remove the file to begin again."

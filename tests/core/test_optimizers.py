@@ -1,3 +1,4 @@
+import pytest
 import torch
 from tiny import tiny_network
 from torch import nn
@@ -5,7 +6,10 @@ from torch import nn
 from ediffi_core.training.optimizers import RMS, Muon, WhitenedAdamW, matrices, orthogonalised
 
 
-def test_an_orthogonalised_matrix_has_singular_values_of_about_1():
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])  # in float32 and in bfloat16
+def test_an_orthogonalised_matrix_has_singular_values_of_about_1(monkeypatch, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert orthogonalised(torch.eye(2)).dtype == (torch.float32 if capability == "AVX2" else torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     for shape in ((16, 16), (8, 64), (64, 8)):
         matrix = torch.randn(shape, generator=generator) * 100

@@ -1,8 +1,10 @@
 import dataclasses
+import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import random_conditioning, tiny_network, tiny_node, tiny_pairs
 from tiny import tiny_recipe as recipe
 
@@ -10,6 +12,7 @@ from ediffi_core.checkpoint import load_ensemble, read_header
 from ediffi_core.intervals import EVERYTHING, NoiseDistribution
 from ediffi_core.preconditioning import Denoiser
 from ediffi_core.shapeworld.world import STYLES
+from ediffi_core.training.grounding import Objects
 from ediffi_core.training.pairs import shapeworld_pairs
 from ediffi_core.training.recipe import Data, Dropout, Node, Optimizer, read_recipe
 from ediffi_core.training.trainer import Trainer, denoising_loss, export, learning_rate_share
@@ -131,6 +134,18 @@ def test_a_state_of_other_settings_is_refused(pairs, tmp_path):
         Trainer(recipe(), dataclasses.replace(NODE, batch=5), pairs, tmp_path)
 
 
+def test_a_state_may_be_older_than_an_entry_of_nodes(pairs, tmp_path):
+    trainer = Trainer(recipe(), NODE, pairs, tmp_path)
+    list(trainer.train(until=1))
+    trainer.save()
+    with safe_open(trainer.state_path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        settings = json.loads(file.metadata()["state"])
+    del settings["node"]["unnamed_styles"]
+    save_file(state, trainer.state_path, metadata={"state": json.dumps(settings)})
+    assert Trainer(recipe(), NODE, pairs, tmp_path).step == 1
+
+
 def test_the_finished_experts_become_an_ensemble(pairs, tmp_path):
     split = [("high", ((9, 511),), ()), ("low", ((3, 0),), ()), ("middle", (), ((9, 511), (3, 0)))]
     nodes = [NODE, *(Node(name, 1, 4, "shared", owns, excludes, expert=True) for name, owns, excludes in split)]
@@ -180,6 +195,29 @@ def test_references_are_other_pictures_of_the_same_style(pairs):
     images, conditioning = pairs.batch(rows, references)
     assert torch.equal(images, pairs.batch(rows)[0])
     assert torch.equal(conditioning.image, pairs.image[references].float())
+
+
+def test_captions_that_do_not_say_the_style_may_be_drawn_more_often(pairs):
+    words = torch.zeros(32, 4, 8, dtype=torch.bool)
+    named = words.clone()
+    named[:20, -1, 2] = True  # in the captions of 20 of 32 pictures
+    known = dataclasses.replace(pairs, objects=Objects(torch.zeros(32, 3, 3), named, words))
+    assert known.style_named.sum() == 20
+    for share in (0.0, 0.75, 1.0):
+        rows = known.draw(6000, torch.Generator().manual_seed(0), even_styles=True, unnamed=share)
+        assert abs((rows >= 20).float().mean() - share) < 0.03
+        styles = torch.bincount(known.styles[rows].long()) / 6000
+        assert (styles - 1 / 3).abs().max() < 0.03
+    none = dataclasses.replace(pairs, objects=Objects(torch.zeros(32, 3, 3), words, words))
+    assert len(none.draw(100, torch.Generator().manual_seed(0), unnamed=0.2)) == 100
+
+
+def test_pictures_of_which_no_words_are_known_cannot_be_drawn_by_them(pairs, tmp_path):
+    node = dataclasses.replace(NODE, unnamed_styles=0.5)
+    with pytest.raises(ValueError, match="Node shared has unnamed_styles, but where the objects"):
+        Trainer(recipe(node), node, pairs, tmp_path)
+    with pytest.raises(ValueError, match="share from 0 to 1, got 2"):
+        dataclasses.replace(NODE, unnamed_styles=2.0)
 
 
 def test_styles_may_be_drawn_evenly(pairs):
