@@ -7,6 +7,7 @@ docs/images/first-N.png, and its seconds in docs/evaluation/newcomer.json; docs/
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -16,12 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import Image
+
 from .comfyui import PACK_NAME, Server, find_comfyui
 from .frontend import FLAGS, READY, browser_path
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 SIZE = {"width": 1920, "height": 1080}
+SHOWN = (1280, 720)  # of the pictures that are kept
 FIRST, PAINTING = "01 Text to image", "Paint with words"
 OTHER_WORDS = "a small green triangle at the bottom and a large blue circle at the top, on a yellow background"
 # Where a node is on the screen: left, top, width and height with its title, in pixels.
@@ -46,7 +50,8 @@ class Newcomer:
         yield
         self.seconds[what] = round(time.monotonic() - started, 1)
         self.page.wait_for_timeout(1500)  # what fades in
-        self.page.screenshot(path=IMAGES / f"first-{len(self.seconds)}.png")
+        shown = Image.open(io.BytesIO(self.page.screenshot())).convert("RGB").resize(SHOWN, Image.Resampling.LANCZOS)
+        shown.quantize(128).save(IMAGES / f"first-{len(self.seconds)}.png", optimize=True)
         print(f"{len(self.seconds)}. {what}: {self.seconds[what]} s", flush=True)
 
     def click(self, name: str) -> None:
