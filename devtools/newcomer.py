@@ -78,7 +78,7 @@ class Newcomer:
             self.page.wait_for_timeout(200)
         self.server.result(new.pop())  # raises where it failed
 
-    def near(self, node: str, times: int = 5) -> None:
+    def near(self, node: str, times: int) -> None:
         """Turn the wheel above a node's title, and drag the canvas until the node is in sight."""
         for _ in range(times):
             left, top, width, _height = self.page.evaluate(PLACE, node)

@@ -34,7 +34,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 def _emulates_bfloat16(device: torch.device) -> bool:
-    """Are products in bfloat16 slower there than in float32? On a CPU of AVX2 they took three quarters of a training step."""
+    """Are products in bfloat16 slower there than in float32? On a CPU of AVX2 they took two thirds of a training step."""
     return device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 

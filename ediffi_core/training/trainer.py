@@ -288,7 +288,8 @@ class Trainer:
         if self.state_path.is_file():
             self._resume()
         around = recipe.stage != "base" and recipe.network.residual
-        needs = [name for name in ("grounding", "unnamed_styles") if getattr(node, name)]
+        asked = {"grounding": node.grounding != 0, "unnamed_styles": node.unnamed_styles is not None}
+        needs = [name for name, is_asked in asked.items() if is_asked]
         if needs and pairs.objects is None:
             raise ValueError(
                 f"Node {node.name} has {needs[0]}, but where the objects of these pictures are is not known, nor what their "

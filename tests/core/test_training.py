@@ -213,9 +213,10 @@ def test_captions_that_do_not_say_the_style_may_be_drawn_more_often(pairs):
 
 
 def test_pictures_of_which_no_words_are_known_cannot_be_drawn_by_them(pairs, tmp_path):
-    node = dataclasses.replace(NODE, unnamed_styles=0.5)
-    with pytest.raises(ValueError, match="Node shared has unnamed_styles, but where the objects"):
-        Trainer(recipe(node), node, pairs, tmp_path)
+    for share in (0.0, 0.5):
+        node = dataclasses.replace(NODE, unnamed_styles=share)
+        with pytest.raises(ValueError, match="Node shared has unnamed_styles, but where the objects"):
+            Trainer(recipe(node), node, pairs, tmp_path)
     with pytest.raises(ValueError, match="share from 0 to 1, got 2"):
         dataclasses.replace(NODE, unnamed_styles=2.0)
 
