@@ -105,6 +105,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--accumulate", type=int, default=1, metavar="N", help="take each batch in N parts, to need less memory (1)"
     )
+    one.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that draw batches ahead, for a GPU that would wait (0)",
+    )
     one.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="also draw curves for TensorBoard here")
     one.add_argument(
         "--samples", type=int, metavar="STEPS", help="draw pictures of a few captions every so many steps; base stage"
@@ -406,7 +413,9 @@ def train(options: argparse.Namespace) -> None:
         for node in [recipe.node(options.node)] if options.node else recipe.nodes:
             # of the trainer nothing is kept: what it holds of the other processes has to go before the engine lets go of them
             stopped = _run(
-                Trainer(recipe, node, pairs, folder, engine=engine, accumulate=options.accumulate),
+                Trainer(
+                    recipe, node, pairs, folder, engine=engine, accumulate=options.accumulate, workers=options.workers
+                ),
                 options,
                 samples,
                 caught,

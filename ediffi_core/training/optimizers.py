@@ -6,6 +6,7 @@ whose singular values are all about 1, so every direction learns at one pace. On
 for the same loss (docs/demo.md).
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -20,17 +21,18 @@ ITERATIONS = 5
 RMS = 0.2  # of an update by AdamW; scaled to it, Muon takes AdamW's learning rates (Liu et al. 2025, "Muon is scalable", Sec. 2.2)
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """The orthogonal factor of (R, C), roughly: singular values between 0.7 and 1.2. bfloat16 suffices where it is fast."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).to(torch.float32 if _emulates_bfloat16(matrix.device) else torch.bfloat16)
-    x = x / (x.norm() + 1e-7)
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """The orthogonal factor of each of (..., R, C), roughly: singular values between 0.7 and 1.2. bfloat16 suffices where it
+    is fast."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).to(torch.float32 if _emulates_bfloat16(matrices.device) else torch.bfloat16)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     a, b, c = QUINTIC
     for _ in range(ITERATIONS):
-        square = x @ x.T
-        polynomial = torch.addmm(square, square, square, beta=b, alpha=c)
-        x = torch.addmm(x, polynomial, x, beta=a)
-    return x.T if tall else x
+        square = x @ x.mT
+        polynomial = b * square + c * (square @ square)
+        x = a * x + polynomial @ x
+    return x.mT if tall else x
 
 
 def _emulates_bfloat16(device: torch.device) -> bool:
@@ -49,17 +51,23 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            alike = defaultdict(
+                list
+            )  # matrices of one shape are turned together: a GPU waits for calls, not for products
+            for parameter in (one for one in group["params"] if one.grad is not None):
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 ahead = parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1)  # Nesterov's
-                update = orthogonalised(ahead).view_as(parameter).to(parameter.dtype)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * RMS * max(ahead.shape) ** 0.5)
+                alike[ahead.shape].append((parameter, ahead))
+            for shape, members in alike.items():
+                parameters, ahead = zip(*members, strict=True)
+                updates = orthogonalised(torch.stack(ahead)) if len(ahead) > 1 else [orthogonalised(ahead[0])]
+                for parameter, update in zip(parameters, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    change = update.reshape(parameter.shape).to(parameter.dtype)
+                    parameter.add_(change, alpha=-group["lr"] * RMS * max(shape) ** 0.5)
 
 
 class WhitenedAdamW(torch.optim.AdamW):

@@ -8,8 +8,10 @@ lives in safetensors and JSON, written whole or not at all.
 import gc
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
@@ -21,6 +23,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
 
 from ..attention import Attend, attend, attend_by_products
 from ..checkpoint import (
@@ -224,11 +228,88 @@ def learning_rate_share(step: int, steps: int, warmup: int, final: float) -> flo
     return rise * fall
 
 
+class Draw:
+    """The batches of a node, each from its number alone, the same in every process."""
+
+    def __init__(self, recipe: Recipe, node: Node, pairs: Pairs) -> None:
+        self.recipe, self.node, self.pairs = recipe, node, pairs
+        self.noise = _overridden(recipe.noise, mean=node.noise_mean, std=node.noise_std)
+        self.dropout = _overridden(recipe.dropout, image=node.drop_image)
+
+    def seed(self, index: int) -> int:
+        """A seed for step `index`; distinct for each recipe seed, node seed and step."""
+        return (self.recipe.seed * 1_000_003 + self.node.seed) * 10_000_019 + index + 1
+
+    def __call__(self, index: int) -> Batch:
+        """The whole batch of a step."""
+        generator = torch.Generator().manual_seed(self.seed(index))
+        batch, rates = self.node.batch, self.dropout
+        # of a few batches' worth of pairs, sorted by the length of their captions, one slice: little is padding, and
+        # every pair that is drawn is as likely as any other
+        drawn = self.pairs.draw(POOL * batch, generator, self.recipe.data.even_styles, self.node.unnamed_styles)
+        slice_of = int(torch.randint(POOL, (), generator=generator))
+        rows = drawn[self.pairs.lengths[drawn].argsort(stable=True)][slice_of * batch : (slice_of + 1) * batch]
+        same_style = self.recipe.data.references == "style"
+        references = self.pairs.references(rows, generator) if same_style else None
+        crops = self.pairs.crops(rows, self.recipe.data.crop, generator)
+        images, conditioning = self.pairs.batch(rows, references, crops)
+        clip, t5, image = (
+            torch.rand(batch, generator=generator) < rate for rate in (rates.clip, rates.t5, rates.image)
+        )
+        conditioning = conditioning.drop(clip, t5, image)
+        if rates.pooled:
+            kept = torch.rand(batch, 1, generator=generator) >= rates.pooled
+            conditioning = replace(conditioning, clip_pooled=conditioning.clip_pooled * kept)
+        sigma = self.noise.sample(batch, self.node.intervals, generator).float()
+        noise = torch.randn(images.shape, generator=generator)
+        if self.recipe.stage != "base":
+            conditioning = conditioning.with_low_res(*low_res_of(images, self.recipe, generator))
+        objects = self.pairs.objects.rows(rows) if self.node.grounding else None
+        return Batch(images, conditioning, sigma, noise, objects)
+
+
+def drawn_ahead(draw: Draw, steps: range, workers: int) -> Iterator[Batch]:
+    """The batches of `steps` in their order, drawn by so many processes ahead of time, or by none but this one."""
+    if not workers:
+        return map(draw, steps)
+    batches = DataLoader(
+        _Drawn(draw, steps),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals,
+        multiprocessing_context="fork",  # pairs are mapped files, which a fork shares and pickling would copy
+    )
+    return iter(batches)
+
+
+class _Drawn(Dataset):
+    def __init__(self, draw: Draw, steps: range) -> None:
+        self.draw, self.steps = draw, steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, place: int) -> Batch:
+        return self.draw(self.steps[place])
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal: the trainer answers it, and then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class Trainer:
     """Trains one node. `folder` receives <node>.safetensors (averaged weights) and <node>.state (to continue from).
 
     engine: the processes that train it together, by default this one alone on `device`; the node's batch is that of all.
     accumulate: parts that a process takes its share of the batch in, one after the other, to need less memory.
+    workers: processes that draw the batches of the next steps meanwhile, which changes none of them; 0: drawn in between.
     Raises ValueError for a state of other settings, a parent that is not finished, or a batch that cannot be divided.
     """
 
@@ -241,21 +322,29 @@ class Trainer:
         device: str = "cpu",
         engine: Engine | None = None,
         accumulate: int = 1,
+        workers: int = 0,
     ) -> None:
         self.engine = engine or Engine(device)
         self.recipe, self.node, self.pairs, self.device = recipe, node, pairs, self.engine.device
-        self.folder, self.accumulate = Path(folder), accumulate
+        self.folder, self.accumulate, self.workers = Path(folder), accumulate, workers
+        if workers < 0:
+            raise ValueError(f"workers is 0 or more, got {workers}")
+        if workers and "fork" not in multiprocessing.get_all_start_methods():
+            raise ValueError(
+                "Batches are drawn ahead by forks of this process, and this system has no fork. Leave workers at 0."
+            )
         if accumulate < 1 or node.batch % (self.engine.processes * accumulate):
             raise ValueError(
                 f"The batch of node {node.name} has {node.batch} rows, which {self.engine.processes} processes cannot take "
                 f"in {accumulate} equal parts each. Choose numbers whose product divides {node.batch}."
             )
+        self.draw = Draw(recipe, node, pairs)
         with torch.random.fork_rng():  # layers draw their first weights from the global generator; leave it as it was
-            torch.manual_seed(self._seed(-1))
+            torch.manual_seed(self.draw.seed(-1))
             self.network = KINDS[recipe.stage].network(recipe.network).initialise()
         white = {}
         if node.whiten:
-            generator = torch.Generator().manual_seed(self._seed(-2))
+            generator = torch.Generator().manual_seed(self.draw.seed(-2))
             white = whiteners(self.network, pairs, generator)
             for projection, matrix in white.items() if node.parent is None else ():
                 whiten(projection, matrix, generator)
@@ -264,8 +353,6 @@ class Trainer:
         if node.parent is not None and not self.state_path.is_file():
             self._start_from(recipe.node(node.parent))
         self.average = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
-        self.noise = _overridden(recipe.noise, mean=node.noise_mean, std=node.noise_std)
-        self.dropout = _overridden(recipe.dropout, image=node.drop_image)
         settings = recipe.optimizer
         self.learning_rate = node.learning_rate if node.learning_rate is not None else settings.learning_rate
         named = dict(self.network.named_parameters())
@@ -314,15 +401,14 @@ class Trainer:
     def train(self, until: int | None = None) -> Iterator[Progress]:
         """Train up to step `until` (the node's last by default); yields after each step. Save when you like."""
         self.network.train()
-        last = self.node.steps if until is None else until
-        while self.step < last:
-            progress = self._train_step(self.step)
+        steps = range(self.step, self.node.steps if until is None else until)
+        for index, batch in zip(steps, drawn_ahead(self.draw, steps, self.workers), strict=True):
+            progress = self._train_step(index, batch)
             self.step += 1
             yield progress
 
-    def _train_step(self, index: int) -> Progress:
+    def _train_step(self, index: int, batch: Batch) -> Progress:
         settings = self.recipe.optimizer
-        batch = self._draw(index)
         rate = self.learning_rate * learning_rate_share(index, self.node.steps, settings.warmup, settings.final)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
@@ -338,9 +424,8 @@ class Trainer:
             optimizer.step()
 
         decay = min(settings.ema, (index + 1) / (index + 10))  # young averages forget the random start
-        with torch.no_grad():
-            for name, tensor in self.network.state_dict().items():
-                self.average[name].lerp_(tensor, 1 - decay)
+        weights = self.network.state_dict()
+        get_ema_multi_avg_fn(decay)([self.average[name] for name in weights], list(weights.values()), None)
         loss, *rest = self.engine.mean(scores).tolist()
         shares, losses = rest[: len(DECADES)], rest[len(DECADES) :]
         decades = {
@@ -371,37 +456,6 @@ class Trainer:
         images, sigma, noise = (one[rows].to(self.device) for one in (batch.images, batch.sigma, batch.noise))
         conditioning, objects = (one and one.rows(rows).to(self.device) for one in (batch.conditioning, batch.objects))
         return Batch(images, conditioning, sigma, noise, objects)
-
-    def _draw(self, index: int) -> Batch:
-        """The whole batch of a step, the same in every process."""
-        generator = torch.Generator().manual_seed(self._seed(index))
-        batch, rates = self.node.batch, self.dropout
-        # of a few batches' worth of pairs, sorted by the length of their captions, one slice: little is padding, and
-        # every pair that is drawn is as likely as any other
-        drawn = self.pairs.draw(POOL * batch, generator, self.recipe.data.even_styles, self.node.unnamed_styles)
-        slice_of = int(torch.randint(POOL, (), generator=generator))
-        rows = drawn[self.pairs.lengths[drawn].argsort(stable=True)][slice_of * batch : (slice_of + 1) * batch]
-        same_style = self.recipe.data.references == "style"
-        references = self.pairs.references(rows, generator) if same_style else None
-        crops = self.pairs.crops(rows, self.recipe.data.crop, generator)
-        images, conditioning = self.pairs.batch(rows, references, crops)
-        clip, t5, image = (
-            torch.rand(batch, generator=generator) < rate for rate in (rates.clip, rates.t5, rates.image)
-        )
-        conditioning = conditioning.drop(clip, t5, image)
-        if rates.pooled:
-            kept = torch.rand(batch, 1, generator=generator) >= rates.pooled
-            conditioning = replace(conditioning, clip_pooled=conditioning.clip_pooled * kept)
-        sigma = self.noise.sample(batch, self.node.intervals, generator).float()
-        noise = torch.randn(images.shape, generator=generator)
-        if self.recipe.stage != "base":
-            conditioning = conditioning.with_low_res(*low_res_of(images, self.recipe, generator))
-        objects = self.pairs.objects.rows(rows) if self.node.grounding else None
-        return Batch(images, conditioning, sigma, noise, objects)
-
-    def _seed(self, index: int) -> int:
-        """A seed for step `index`; distinct for each recipe seed, node seed and step."""
-        return (self.recipe.seed * 1_000_003 + self.node.seed) * 10_000_019 + index + 1
 
     def save(self) -> None:
         """Write the averaged weights (float16) and the state to continue from. Every process calls it, the first writes.

@@ -85,7 +85,7 @@ def test_a_child_starts_from_its_parents_averaged_weights(pairs, tmp_path):
 
 def test_an_expert_is_trained_on_its_own_noise_only(pairs, tmp_path):
     trainer = Trainer(recipe(), Node("middle", 5, 64, excludes=((9, 511), (3, 0))), pairs, tmp_path)
-    sigma = trainer._draw(0).sigma
+    sigma = trainer.draw(0).sigma
     assert sigma.min() >= 0.0757
     assert sigma.max() < 9.61
 
@@ -93,7 +93,7 @@ def test_an_expert_is_trained_on_its_own_noise_only(pairs, tmp_path):
 def test_each_embedding_is_dropped_at_its_own_rate(pairs, tmp_path):
     node = Node("shared", 5, 4000)
     trainer = Trainer(recipe(node, dropout=Dropout(clip=0.2, t5=0.5, image=0.9)), node, pairs, tmp_path)
-    conditioning = trainer._draw(0).conditioning
+    conditioning = trainer.draw(0).conditioning
     clip, t5 = (~mask.any(1) for mask in (conditioning.clip_mask, conditioning.t5_mask))
     image = conditioning.image_strength == 0
     shares = [one.float().mean().item() for one in (clip, t5, image, clip & t5 & image)]
@@ -103,7 +103,7 @@ def test_each_embedding_is_dropped_at_its_own_rate(pairs, tmp_path):
 def test_pooled_text_alone_is_dropped_at_its_own_rate(pairs, tmp_path):
     node = Node("shared", 5, 4000)
     trainer = Trainer(recipe(node, dropout=Dropout(clip=0.2, pooled=0.5, t5=0, image=0)), node, pairs, tmp_path)
-    conditioning = trainer._draw(0).conditioning
+    conditioning = trainer.draw(0).conditioning
     tokens, pooled = conditioning.clip_mask.any(1), conditioning.clip_pooled.abs().sum(1) > 0
     assert not (pooled & ~tokens).any()
     shares = [one.float().mean().item() for one in (tokens, pooled, tokens & ~pooled)]
@@ -115,7 +115,7 @@ def test_a_node_may_drop_references_at_a_rate_of_its_own(pairs, tmp_path):
     for own in (None, 0.25, 0.0):
         node = Node("shared", 5, 4000, drop_image=own)
         trainer = Trainer(recipe(node, dropout=Dropout(image=0.9)), node, pairs, tmp_path / str(own))
-        shares.append((trainer._draw(0).conditioning.image_strength == 0).float().mean().item())
+        shares.append((trainer.draw(0).conditioning.image_strength == 0).float().mean().item())
     assert shares == pytest.approx([0.9, 0.25, 0.0], abs=0.03)
 
 
@@ -237,7 +237,7 @@ def test_a_recipe_may_train_with_references_of_the_same_style(pairs, tmp_path):
     like = Trainer(
         dataclasses.replace(own.recipe, data=Data("none", 32, references="style")), NODE, pairs, tmp_path / "like"
     )
-    shown, others = (trainer._draw(3)[1].image for trainer in (own, like))
+    shown, others = (trainer.draw(3)[1].image for trainer in (own, like))
     assert not torch.equal(shown, others)
     rows = [(pairs.image.float() == image).all(1).nonzero().item() for image in others]
     assert len(rows) == len(others)  # each is some picture's embedding
@@ -320,7 +320,7 @@ def test_a_batch_holds_captions_of_like_length_and_every_pair_is_as_likely(pairs
     trainer = Trainer(recipe(node), node, pairs, tmp_path)
     seen, spread = torch.zeros(len(pairs)), []
     for step in range(400):
-        images, conditioning, *_ = trainer._draw(step)
+        images, conditioning, *_ = trainer.draw(step)
         lengths = conditioning.clip_mask.sum(1) + conditioning.t5_mask.sum(1)
         spread.append((lengths.max() - lengths.min()).item())
         for image in images:

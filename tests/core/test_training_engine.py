@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -143,6 +144,20 @@ def test_parts_of_a_batch_change_rounding_alone(alone, runs):
         nearly_the_same(runs, alone, node)
 
 
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
+def test_workers_draw_the_same_batches_ahead(alone, runs):
+    before = set(multiprocessing.active_children())
+    assert main(command(runs, "--workers", "2")) == 0
+    same_files(runs, alone)
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_workers_need_a_system_that_forks(runs, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    with pytest.raises(ValueError, match="has no fork"):
+        trainer_in(runs, workers=1)
+
+
 def launched(root, *arguments):
     """What two processes of `ediffi` do with these arguments."""
     pytest.importorskip("accelerate")
@@ -219,10 +234,10 @@ def test_a_batch_that_cannot_be_divided_is_refused(runs, processes, accumulate):
 def test_a_signal_ends_training_after_the_step_that_runs(alone, runs, monkeypatch, capsys, name):
     step = Trainer._train_step
 
-    def signalled(self, index):
+    def signalled(self, index, batch):
         if index == 2:
             os.kill(os.getpid(), signal.Signals[name])
-        return step(self, index)
+        return step(self, index, batch)
 
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patched:
@@ -239,7 +254,7 @@ def test_a_signal_ends_training_after_the_step_that_runs(alone, runs, monkeypatc
 
 
 def test_a_second_interrupt_does_not_wait(runs, monkeypatch):
-    def impatient(self, index):
+    def impatient(self, index, batch):
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
 
@@ -356,7 +371,7 @@ def test_a_child_waits_for_its_parent(stopped, runs):
 def test_an_error_in_a_step_saves_nothing(runs, monkeypatch):
     """The weights may be changed by half."""
 
-    def broken(self, index):
+    def broken(self, index, batch):
         self.network.conv_out.weight.data.fill_(1)
         raise RuntimeError("out of memory")
 
@@ -368,7 +383,7 @@ def test_an_error_in_a_step_saves_nothing(runs, monkeypatch):
 
 def test_progress_names_the_loss_at_each_decade_of_sigma(runs):
     trainer = trainer_in(runs, accumulate=2)
-    images, conditioning, sigma, noise, _ = trainer._draw(0)
+    images, conditioning, sigma, noise, _ = trainer.draw(0)
     expected = defaultdict(list)
     for row in range(8):
         one = slice(row, row + 1)

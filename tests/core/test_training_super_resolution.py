@@ -82,14 +82,14 @@ def test_augmentation_adds_noise_of_the_sigma_that_the_network_is_told():
 
 def test_degradation_reaches_the_network_and_comes_from_the_step(pairs, tmp_path):
     trainer, again = (Trainer(recipe(), NODE, pairs, tmp_path) for _ in range(2))
-    images, conditioning, _, noise, _ = trainer._draw(5)
+    images, conditioning, _, noise, _ = trainer.draw(5)
     assert images.shape == noise.shape == conditioning.low_res.shape == (4, 3, 16, 16)
     clean = upsampled(F.avg_pool2d(images, 4), (16, 16))
     assert not torch.allclose(conditioning.low_res, clean, atol=0.01)
-    same = again._draw(5)[1]
+    same = again.draw(5)[1]
     assert torch.equal(conditioning.low_res, same.low_res)
     assert torch.equal(conditioning.augmentation_sigma, same.augmentation_sigma)
-    assert not torch.equal(conditioning.low_res, trainer._draw(6)[1].low_res)
+    assert not torch.equal(conditioning.low_res, trainer.draw(6)[1].low_res)
 
 
 def test_crops_are_parts_of_the_pictures_at_pixels_of_the_low_res_image(pairs):
@@ -148,7 +148,7 @@ def test_training_lowers_the_loss_and_the_network_uses_the_low_res_image(pairs, 
     trainer = Trainer(recipe(node, **CLEAN), node, pairs, tmp_path)
     losses = [progress.loss for progress in trainer.train()]
     assert sum(losses[-20:]) < 0.85 * sum(losses[:20])
-    images, conditioning, _, noise, _ = trainer._draw(1000)
+    images, conditioning, _, noise, _ = trainer.draw(1000)
     sigma = torch.full((8,), 5.0)  # hardly anything of the image is left in x
 
     def error(low_res):
@@ -183,7 +183,7 @@ def test_a_network_around_its_low_res_image_soon_beats_it(pairs, tmp_path):
     first = next(trainer.train()).loss
     assert 0.3 < first < 1.5  # 1 where images lie as far from their low-res ones as `residual` says
     list(trainer.train())
-    images, conditioning, _, noise, _ = trainer._draw(1000)
+    images, conditioning, _, noise, _ = trainer.draw(1000)
     with torch.no_grad():
         denoised = trainer.denoiser(images + 5 * noise, torch.full((8,), 5.0), conditioning)
     enlarged = (conditioning.low_res - images).square().mean()
