@@ -21,7 +21,7 @@ from .painting_graphs import stock_sampler
 X4 = hugging_face(
     "x4-upscaler-ema.safetensors", "checkpoints", "stabilityai/stable-diffusion-x4-upscaler", "CreativeML Open RAIL++-M"
 )
-PROMPT = "a large red circle in the center on a white background"
+PROMPT = "a large red heart in the center on a white background, striped"
 
 
 def stage(name: str, title: str) -> Node:
@@ -31,8 +31,8 @@ def stage(name: str, title: str) -> Node:
 
 def enlarge(model: str, image: str, seed: int, title: str, positive: str | None = "positive", **widgets) -> Node:
     connected = {"model": model, "image": image} | ({"positive": positive} if positive else {})
-    fixed = {"seed": seed, "control_after_generate": "fixed"}
-    return Node("EDiffI_SuperResolution", fixed | widgets, connected, title, (340, 660))
+    fixed = {"seed": seed, "control_after_generate": "fixed", "steps": 2, "sigma_max": 10.0}  # as the ensembles recommend
+    return Node("EDiffI_SuperResolution", fixed | widgets, connected, title, (340, 600))
 
 
 def scaled(title: str, image: str, side: int) -> Node:
@@ -145,7 +145,7 @@ X4_STAGE = (
 )  # fmt: skip
 
 STAGE = sampler(
-    20, 4, 1.0, "euler", "edm",
+    20, 2, 1.0, "euler", "edm",
     model="sr256", positive="low_res", negative="low_res.negative", latent_image="low_res.latent",
 )  # fmt: skip
 

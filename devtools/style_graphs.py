@@ -173,7 +173,7 @@ FROM_A_REFERENCE = (
         "late": style("3. From sigma 5 down", "prompt", strength=1.0, start_sigma=5.0),
     },
     {
-        f"sampler_{name}": sampler(SEED, 12, 3.0, "heun", "edm", model="ensemble", positive=positive)
+        f"sampler_{name}": sampler(12, 12, 3.0, "heun", "edm", model="ensemble", positive=positive)
         for name, positive in (("none", "prompt"), ("whole", "whole"), ("late", "late"))
     },
     *side_by_side({"none": "1. Without a style", "whole": "2. With the style", "late": "3. From sigma 5 down"}),

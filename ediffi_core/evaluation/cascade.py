@@ -343,25 +343,26 @@ def sheet(pictures: Sequence[Judged], path: Path, side: int = 256, shown: int = 
 
 
 def plot(runs: Sequence[dict], path: Path) -> None:
-    """PSNR, reproduced detail and the share of scenes with fine detail, one group for each run, with 95 % intervals."""
+    """PSNR, reproduced detail and the strength of the finest line, one group for each run, with 95 % intervals."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    panels = (("psnr", "PSNR, dB", 1), ("detail", "fine detail reproduced, %", 100), ("fine detail is there", "scenes with fine detail, %", 100))  # fmt: skip
+    panels = (("psnr", "PSNR, dB", 1), ("detail", "fine detail reproduced, %", 100), ("ink", "line around objects, % of the truth's", 100))  # fmt: skip
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.8), layout="constrained")
     ways = list(dict.fromkeys(way for run in runs for way in run["scores"]))
+    called = {"against": next((Path(run["against"]).stem for run in runs if run["against"]), "against")}
     for panel, (name, label, scale) in zip(axes, panels, strict=True):
         for i, way in enumerate(ways):
             for group, run in enumerate(runs):
                 if way not in run["scores"]:
                     continue
                 one = run["scores"][way][name]
-                middle = one["mean"] if "mean" in one else one["share"]
+                middle = one["mean"]
                 ends = [scale * abs(end - middle) for end in one["interval_95"] if end is not None]
                 where = group + (i - (len(ways) - 1) / 2) * 0.8 / len(ways)
-                panel.bar(where, scale * middle, 0.8 / len(ways), color=f"C{i}", label=way if group == 0 else None)
+                panel.bar(where, scale * middle, 0.8 / len(ways), color=f"C{i}", label=called.get(way, way) if group == 0 else None)
                 if ends:
                     panel.errorbar(where, scale * middle, [[ends[0]], [ends[1]]], color="black", capsize=3)
         panel.set(
