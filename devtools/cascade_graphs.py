@@ -31,7 +31,12 @@ def stage(name: str, title: str) -> Node:
 
 def enlarge(model: str, image: str, seed: int, title: str, positive: str | None = "positive", **widgets) -> Node:
     connected = {"model": model, "image": image} | ({"positive": positive} if positive else {})
-    fixed = {"seed": seed, "control_after_generate": "fixed", "steps": 2, "sigma_max": 10.0}  # as the ensembles recommend
+    fixed = {
+        "seed": seed,
+        "control_after_generate": "fixed",
+        "steps": 2,
+        "sigma_max": 10.0,
+    }  # as the ensembles recommend
     return Node("EDiffI_SuperResolution", fixed | widgets, connected, title, (340, 600))
 
 

@@ -362,7 +362,13 @@ def plot(runs: Sequence[dict], path: Path) -> None:
                 middle = one["mean"]
                 ends = [scale * abs(end - middle) for end in one["interval_95"] if end is not None]
                 where = group + (i - (len(ways) - 1) / 2) * 0.8 / len(ways)
-                panel.bar(where, scale * middle, 0.8 / len(ways), color=f"C{i}", label=called.get(way, way) if group == 0 else None)
+                panel.bar(
+                    where,
+                    scale * middle,
+                    0.8 / len(ways),
+                    color=f"C{i}",
+                    label=called.get(way, way) if group == 0 else None,
+                )
                 if ends:
                     panel.errorbar(where, scale * middle, [[ends[0]], [ends[1]]], color="black", capsize=3)
         panel.set(

@@ -307,7 +307,11 @@ def test_the_docs_name_commands_and_files_that_exist():
     text = (ROOT / "docs" / "evaluation.md").read_text()
     modules = set(re.findall(r"python -m ediffi_core\.evaluation\.(\w+)", text))
     assert modules >= {"conditioning", "painting"}
-    assert {"curves", "reproduce"} <= set(re.findall(r"ediffi (\w+)", text)) <= {"evaluate", *cli.ELSEWHERE}
+    assert (
+        {"curves", "reproduce"}
+        <= set(re.findall(r"ediffi (\w+)", text))
+        <= {"evaluate", "prepare", "train", *cli.ELSEWHERE}
+    )
     assert all((ROOT / "ediffi_core" / "evaluation" / f"{name}.py").is_file() for name in modules)
     links = [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not link.startswith("http")]
     assert all((ROOT / "docs" / link).exists() for link in links), links
