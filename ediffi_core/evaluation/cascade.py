@@ -371,9 +371,11 @@ def plot(runs: Sequence[dict], path: Path) -> None:
                 )
                 if ends:
                     panel.errorbar(where, scale * middle, [[ends[0]], [ends[1]]], color="black", capsize=3)
-        panel.set(
-            ylabel=label, xticks=range(len(runs)), xticklabels=[f"{run['stage']}, {run['input']}" for run in runs]
-        )
+        labels = [
+            f"{run['stage']}\n{run['input']}" + (f"\nsigma {run['sigma']:g}" if run["sigma"] else "") for run in runs
+        ]
+        panel.set(ylabel=label, xticks=range(len(runs)))
+        panel.set_xticklabels(labels, fontsize=8)
     axes[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
