@@ -172,7 +172,7 @@ FROM_A_REFERENCE = (
         "whole": style("2. With the style", "prompt", strength=1.0),
         "late": style("3. From sigma 5 down", "prompt", strength=1.0, start_sigma=5.0),
     },
-    {
+    {  # seed 12, as SEED paints hatched objects with this reference and without
         f"sampler_{name}": sampler(12, 12, 3.0, "heun", "edm", model="ensemble", positive=positive)
         for name, positive in (("none", "prompt"), ("whole", "whole"), ("late", "late"))
     },

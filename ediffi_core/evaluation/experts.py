@@ -3,7 +3,7 @@
 python -m ediffi_core.evaluation.experts RECIPE --folder runs --out experts.json --plot experts.png
 
 The recipe's nodes end in the number of their seed: of each seed N, `NAME-N` with an interval is an expert, and the one without is the
-single network. All start from one parent. That both sides were trained on equally many samples is read in their files.
+single network. Both sides of a seed have to see as many samples, by the recipe, and to be trained to their last step, by their files.
 For each seed, on the same scenes, captions and noise:
 
     loss        the denoising loss in each expert's interval, at sigmas which divide the training noise there into equal parts
@@ -28,14 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_network, read_header
+from ..checkpoint import read_header
 from ..cli import ENCODERS, found
 from ..conditioning import Conditioning
 from ..encoders import Encoders, load_encoders
 from ..ensemble import Denoise, Ensemble
 from ..intervals import NoiseDistribution, NoiseInterval, check_partition
 from ..pipeline import Settings, conditioning_of, recommended, sample
-from ..preconditioning import Denoiser
 from ..shapeworld import read, score
 from ..super_resolution import stream
 from ..training.recipe import Node, Recipe, read_recipe
@@ -44,6 +43,7 @@ from .curves import (
     checked_seeds,
     fingerprint,
     in_batches,
+    model_of_network,
     pyplot,
     rendered,
     reported,
@@ -68,12 +68,9 @@ class Contest(NamedTuple):
     samples: int  # that each side saw
 
     def sides(self) -> dict[str, Denoise]:
-        def load(path: Path) -> Denoiser:
-            return Denoiser(load_network(path, dtype=torch.float32)[0], read_header(path).sigma_data)
-
         return {
-            "experts": Ensemble([(interval, load(path)) for interval, path in self.experts]),
-            "single": load(self.single),
+            "experts": Ensemble([(interval, model_of_network(path).load()) for interval, path in self.experts]),
+            "single": model_of_network(self.single).load(),
         }
 
 
@@ -102,7 +99,7 @@ def _contest(seed: int, nodes: Sequence[Node], folder: Path) -> Contest:
             f"Seed {seed} has {len(experts)} experts and {len(singles)} single networks. It needs experts, whose nodes own or "
             f"exclude an interval, and one node that does neither."
         )
-    intervals = [NoiseInterval(node.intervals[0].low, node.intervals[-1].high) for node in experts]
+    intervals = [node.interval for node in experts]
     check_partition(intervals)
     seen = {}
     for node in nodes:

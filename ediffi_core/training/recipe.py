@@ -183,6 +183,11 @@ class Node:
             return complement([TREE.interval(depth, index) for depth, index in self.excludes])
         return (EVERYTHING,)
 
+    @property
+    def interval(self) -> NoiseInterval:
+        """From the lowest sigma of its `intervals` to the highest: where an expert works."""
+        return NoiseInterval(self.intervals[0].low, self.intervals[-1].high)
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -38,7 +38,6 @@ from ..checkpoint import (
     write_ensemble,
 )
 from ..conditioning import Conditioning
-from ..intervals import NoiseInterval
 from ..preconditioning import SIGMA_DATA, Denoiser, loss_weight
 from ..super_resolution import FACTOR, upsampled
 from .degradation import degraded
@@ -310,7 +309,8 @@ class Trainer:
     engine: the processes that train it together, by default this one alone on `device`; the node's batch is that of all.
     accumulate: parts that a process takes its share of the batch in, one after the other, to need less memory.
     workers: processes that draw the batches of the next steps meanwhile, which changes none of them; 0: drawn in between.
-    Raises ValueError for a state of other settings, a parent that is not finished, or a batch that cannot be divided.
+    Raises ValueError for a state of other settings, a parent that is not finished, a batch that cannot be divided, or
+    workers on a system without fork.
     """
 
     def __init__(
@@ -473,9 +473,10 @@ class Trainer:
 
     def _write(self) -> None:
         check_finite(self.average, f"step {self.step} of node {self.node.name}")
-        interval = NoiseInterval(self.node.intervals[0].low, self.node.intervals[-1].high)
         provenance = {"recipe": self.recipe.name, "node": asdict(self.node), "steps": self.step}
-        header = NetworkHeader(self.recipe.network, interval, self.recipe.stage, self.denoiser.sigma_data, provenance)
+        header = NetworkHeader(
+            self.recipe.network, self.node.interval, self.recipe.stage, self.denoiser.sigma_data, provenance
+        )
         weights = {name: tensor.half() for name, tensor in self.average.items()}
 
         state = {f"network.{name}": tensor.contiguous() for name, tensor in self.network.state_dict().items()}
@@ -590,7 +591,7 @@ def export(recipe: Recipe, folder: str | Path, target: str | Path) -> None:
     experts = []
     for node in (node for node in recipe.nodes if node.expert):
         shutil.copyfile(Path(folder) / f"{node.name}.safetensors", target / f"{node.name}.safetensors")
-        experts.append((f"{node.name}.safetensors", NoiseInterval(node.intervals[0].low, node.intervals[-1].high)))
+        experts.append((f"{node.name}.safetensors", node.interval))
     experts.sort(key=lambda expert: expert[1], reverse=True)
     write_ensemble(target, experts, recipe.stage, recipe.sampler, recipe.data.encoders, "Apache-2.0")
     read_ensemble(target)
