@@ -10,7 +10,7 @@ from .conditioning import Conditioning
 from .encoders import Encoders
 from .ensemble import Denoise
 from .guidance import guided_apart
-from .samplers import SAMPLERS, Step, seeded_noise
+from .samplers import SAMPLERS, Noise, RowNoise, Step, stochastic
 from .schedule import RHO, SIGMA_MAX, SIGMA_MIN, karras_sigmas
 from .super_resolution import conditioned, stream, tiled, upsampled
 
@@ -67,8 +67,9 @@ def sample(
 ) -> Iterator[Step]:
     """The steps from noise to images (B, 3, *size) in [-1, 1]; image i is what seed + i gives alone."""
     sigmas = karras_sigmas(settings.steps, settings.sigma_min, settings.sigma_max, settings.rho)
-    x = sigmas[0] * seeded_noise(seed, len(conditioning), (3, *size)).to(conditioning.image.device)
-    yield from walked(guided_by(denoise, settings), conditioning, x, sigmas, settings.sampler)
+    noise, batch, device = RowNoise(seed, len(conditioning)), len(conditioning), conditioning.image.device
+    x = sigmas[0] * noise(torch.empty((batch, 3, *size), dtype=torch.float64, device=device))
+    yield from walked(guided_by(denoise, settings), conditioning, x, sigmas, settings.sampler, noise)
 
 
 def upscale(
@@ -98,13 +99,14 @@ def upscale(
     conditioning = conditioned(conditioning, images, seed, augmentation_sigma)
     low_res = conditioning.low_res
     # float32: at 4096 pixels a side each float64 image of the sampler would take 400 MB, for digits that no picture shows
-    x = sigmas[0] * seeded_noise(seed, len(images), tuple(low_res.shape[1:]), torch.float32).to(low_res.device)
+    noise = RowNoise(seed, len(images))
+    x = sigmas[0] * noise(low_res.float())
     if denoise < 1:
         x += upsampled(images.to(x.device, torch.float32), tuple(low_res.shape[2:]))
     ensemble = guided_by(ensemble, settings)  # within the tiles: it works on two copies of what it is given
     if tile is not None:
         ensemble = tiled(ensemble, tile, overlap, multiple, after=after)
-    yield from walked(ensemble, conditioning, x, sigmas, settings.sampler)
+    yield from walked(ensemble, conditioning, x, sigmas, settings.sampler, noise)
 
 
 def guided_by(denoise: Denoise, settings: Settings) -> Denoise:
@@ -112,8 +114,10 @@ def guided_by(denoise: Denoise, settings: Settings) -> Denoise:
     return guided_apart(denoise, text_scale, text_scale if style_scale is None else style_scale)
 
 
-def walked(denoise: Denoise, conditioning: Conditioning, x: Tensor, sigmas: Tensor, sampler: str) -> Iterator[Step]:
-    """The steps of a sampler from x (B, 3, H, W) at sigmas[0]."""
+def walked(
+    denoise: Denoise, conditioning: Conditioning, x: Tensor, sigmas: Tensor, sampler: str, noise: Noise
+) -> Iterator[Step]:
+    """The steps of a sampler from x (B, 3, H, W) at sigmas[0]. noise: what a stochastic one adds."""
     if sampler not in SAMPLERS:
         raise ValueError(f"There is no sampler {sampler!r}. The samplers are {', '.join(SAMPLERS)}.")
 
@@ -122,7 +126,10 @@ def walked(denoise: Denoise, conditioning: Conditioning, x: Tensor, sigmas: Tens
         return denoise(x.float(), sigma.float(), conditioning).to(x.dtype)
 
     with torch.no_grad():
-        yield from SAMPLERS[sampler](denoise_float, x, sigmas)
+        if SAMPLERS[sampler] is stochastic:
+            yield from stochastic(denoise_float, x, sigmas, noise=noise)
+        else:
+            yield from SAMPLERS[sampler](denoise_float, x, sigmas)
 
 
 def generate(

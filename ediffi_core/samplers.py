@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[Tensor], Tensor]
 
 
 class Step(NamedTuple):
@@ -43,7 +44,7 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
 
 def heun(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """Second order (EDM, Algorithm 1): two network calls a step; the last step, to sigma 0, is Euler."""
-    yield from stochastic(denoise, x, sigmas, s_churn=0)
+    yield from stochastic(denoise, x, sigmas, s_churn=0, noise=torch.zeros_like)
 
 
 def stochastic(
@@ -54,11 +55,12 @@ def stochastic(
     s_tmin: float = 0.05,
     s_tmax: float = 50,
     s_noise: float = 1.003,
-    noise: Callable[[Tensor], Tensor] = torch.randn_like,
+    *,
+    noise: Noise,
 ) -> Iterator[Step]:
     """Heun with churn: fresh noise is added before each step inside [s_tmin, s_tmax] (EDM, Algorithm 2).
 
-    noise: maps x to fresh unit noise of its shape; pass one seeded per image to make a batch equal its members.
+    noise: maps x to fresh unit noise of its shape; `RowNoise` makes a batch equal its members.
     The defaults are EDM's for ImageNet at 64 pixels.
     """
     steps = len(sigmas) - 1
@@ -81,10 +83,20 @@ def stochastic(
 SAMPLERS = {"euler": euler, "heun": heun, "stochastic": stochastic}
 
 
-def seeded_noise(seed: int, batch: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
-    """Unit noise (B, *shape): image i of a batch is what seed + i gives alone.
+class RowNoise:
+    """Unit noise for a batch, call after call: image i draws what seed + i draws alone.
 
-    Drawn in float32 on the CPU, as ComfyUI draws it, so the same seed means the same noise in both.
+    Drawn in float32 on the CPU, as ComfyUI draws it, so the same seed means the same first noise in both.
     """
-    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + row)) for row in range(batch)]
-    return torch.stack(rows).to(dtype)
+
+    def __init__(self, seed: int, batch: int) -> None:
+        self.generators = [torch.Generator().manual_seed(seed + row) for row in range(batch)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Fresh noise like x (B, ...)."""
+        return torch.stack([torch.randn(x.shape[1:], generator=one) for one in self.generators]).to(x)
+
+
+def seeded_noise(seed: int, batch: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+    """The first noise (B, *shape) of `RowNoise`."""
+    return RowNoise(seed, batch)(torch.empty((batch, *shape), dtype=dtype))

@@ -39,7 +39,7 @@ from ..encoders import Encoders, load_encoders
 from ..ensemble import Denoise
 from ..pipeline import SR_DEFAULTS, Settings, conditioning_of, guided_by, recommended, upscale, walked
 from ..preconditioning import Denoiser
-from ..samplers import seeded_noise
+from ..samplers import RowNoise
 from ..schedule import karras_sigmas
 from ..shapeworld import Caption, Scene, caption, random_scene, read, render
 from ..shapeworld.render import INK_WIDTH, WEAVES, coverage, shape_distance
@@ -112,8 +112,9 @@ def degraded_low_res(truth: Tensor, first: int, settings: Degradation) -> Tensor
 def of_base(pictures: Tensor, conditioning: Conditioning, base: Denoise, sigma: float, settings: Settings, seed: int):
     """Pictures (B, 3, 64, 64) as the base stage denoises them from noise of `sigma` on."""
     sigmas = karras_sigmas(settings.steps, settings.sigma_min, sigma, settings.rho)
-    x = pictures + sigma * seeded_noise(seed, len(pictures), tuple(pictures.shape[1:]))
-    *_, last = walked(guided_by(base, settings), conditioning, x, sigmas, settings.sampler)
+    noise = RowNoise(seed, len(pictures))
+    x = pictures + sigma * noise(pictures.double())
+    *_, last = walked(guided_by(base, settings), conditioning, x, sigmas, settings.sampler, noise)
     return last.x.float().clamp(-1, 1)
 
 

@@ -28,7 +28,7 @@ from ..conditioning import Conditioning
 from ..encoders import Encoders, load_encoders
 from ..ensemble import Denoise
 from ..pipeline import Settings, conditioning_of, guided_by, sample, walked
-from ..samplers import seeded_noise
+from ..samplers import RowNoise
 from ..schedule import karras_sigmas
 from ..shapeworld import Caption, Scene, caption, random_scene, read, score
 from ..super_resolution import stream
@@ -187,13 +187,14 @@ def switched(
     """
     sigmas = karras_sigmas(settings.steps, settings.sigma_min, settings.sigma_max, settings.rho)
     denoise = guided_by(denoise, settings)
-    x = sigmas[0] * seeded_noise(seed, len(before), (3, SIZE, SIZE))
-    states = [x, *(step.x for step in walked(denoise, before, x, sigmas, settings.sampler))]
+    noise = RowNoise(seed, len(before))
+    x = sigmas[0] * noise(torch.empty((len(before), 3, SIZE, SIZE), dtype=torch.float64))
+    states = [x, *(step.x for step in walked(denoise, before, x, sigmas, settings.sampler, noise))]
     made = []
     for first in steps:
         x = states[first]
         if first < settings.steps:
-            *_, last = walked(denoise, after, x, sigmas[first:], settings.sampler)
+            *_, last = walked(denoise, after, x, sigmas[first:], settings.sampler, noise)
             x = last.x
         made.append(((x.float() + 1) / 2).clamp(0, 1))
     return made

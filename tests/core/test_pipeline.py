@@ -25,7 +25,7 @@ from ediffi_core.pipeline import (
     walked,
 )
 from ediffi_core.preconditioning import Denoiser
-from ediffi_core.samplers import seeded_noise
+from ediffi_core.samplers import RowNoise, seeded_noise
 from ediffi_core.schedule import karras_sigmas
 from ediffi_core.super_resolution import BLEND, stream, upsampled
 
@@ -108,6 +108,16 @@ def test_every_step_is_there_for_previews(ensemble):
     steps = list(sample(ensemble, conditioning_of(["x"], ENCODERS), 0, SETTINGS, (8, 8)))
     assert [step.index for step in steps] == [0, 1, 2, 3]
     assert steps[0].denoised.shape == (1, 3, 8, 8)
+
+
+def test_the_noise_that_a_sampler_adds_belongs_to_each_image_s_seed(ensemble):
+    def pictures(batch, seed, sampler="stochastic"):
+        return generate(["x"] * batch, ENCODERS, ensemble, seed, SETTINGS._replace(sampler=sampler), size=(8, 8))
+
+    both = pictures(2, 3)
+    assert torch.equal(pictures(2, 3), both)
+    torch.testing.assert_close(pictures(1, 4), both[1:], atol=1e-4, rtol=0)
+    assert not torch.equal(pictures(2, 3, "heun"), both)
 
 
 def test_an_unknown_sampler_is_refused_with_the_known_ones(ensemble):
@@ -217,7 +227,7 @@ def test_augmentation_0_is_the_clean_path_bit_for_bit(sr_ensemble):
     clean = conditioning.with_low_res(upsampled(images, (24, 24)), torch.zeros(2))
     x = SR_SETTINGS.sigma_max * seeded_noise(4, 2, (3, 24, 24), torch.float32)
     sigmas = karras_sigmas(SR_SETTINGS.steps, SR_SETTINGS.sigma_min, SR_SETTINGS.sigma_max)
-    expected = last_of(walked(sr_ensemble, clean, x, sigmas, SR_SETTINGS.sampler))
+    expected = last_of(walked(sr_ensemble, clean, x, sigmas, SR_SETTINGS.sampler, RowNoise(4, 2)))
     assert torch.equal(last_of(upscale(images, conditioning, sr_ensemble, 4, SR_SETTINGS)), expected)
     assert not torch.equal(last_of(upscale(images, conditioning, sr_ensemble, 4, SR_SETTINGS, 0.1)), expected)
 

@@ -2,7 +2,7 @@ import gaussian
 import pytest
 import torch
 
-from ediffi_core.samplers import SAMPLERS, euler, heun, seeded_noise, stochastic
+from ediffi_core.samplers import SAMPLERS, RowNoise, euler, heun, seeded_noise, stochastic
 from ediffi_core.schedule import karras_sigmas
 
 
@@ -47,15 +47,14 @@ def test_churn_keeps_the_distribution_of_gaussian_data():
 def test_without_churn_the_stochastic_sampler_is_heun():
     x = 80 * seeded_noise(0, 2, (3, 8, 8))
     sigmas = karras_sigmas(12)
-    assert torch.equal(
-        last(stochastic(gaussian.denoise, x, sigmas, s_churn=0)), last(heun(gaussian.denoise, x, sigmas))
-    )
+    still = last(stochastic(gaussian.denoise, x, sigmas, s_churn=0, noise=RowNoise(1, 2)))
+    assert torch.equal(still, last(heun(gaussian.denoise, x, sigmas)))
 
 
 def test_churn_acts_only_inside_its_limits():
     x = 80 * seeded_noise(0, 1, (3, 8, 8))
     sigmas = karras_sigmas(12)
-    untouched = last(stochastic(gaussian.denoise, x, sigmas, s_churn=40, s_tmin=90, s_tmax=100))
+    untouched = last(stochastic(gaussian.denoise, x, sigmas, s_churn=40, s_tmin=90, s_tmax=100, noise=RowNoise(1, 1)))
     assert torch.equal(untouched, last(heun(gaussian.denoise, x, sigmas)))
 
 
@@ -67,7 +66,8 @@ def test_a_sampler_yields_every_step_and_calls_the_network_as_often_as_it_says(s
         seen.append(sigma[0].item())
         return gaussian.denoise(x, sigma)
 
-    steps = list(SAMPLERS[sampler](denoise, 80 * seeded_noise(0, 1, (3, 4, 4)), karras_sigmas(10)))
+    noise = {"noise": RowNoise(1, 1)} if sampler == "stochastic" else {}
+    steps = list(SAMPLERS[sampler](denoise, 80 * seeded_noise(0, 1, (3, 4, 4)), karras_sigmas(10), **noise))
     assert [step.index for step in steps] == list(range(10))
     assert len(seen) == calls
     assert steps[0].sigma == pytest.approx(80)
@@ -82,3 +82,13 @@ def test_an_image_of_a_batch_has_the_noise_of_its_own_seed():
     batch = seeded_noise(5, 3, (3, 8, 8))
     for row in range(3):
         assert torch.equal(batch[row], seeded_noise(5 + row, 1, (3, 8, 8))[0])
+
+
+def test_each_call_for_noise_gives_other_noise_the_same_in_any_batch():
+    x = torch.zeros(3, 2, 8, 8, dtype=torch.float64)
+    together, alone = RowNoise(5, 3), RowNoise(7, 1)
+    first, second = together(x), together(x)
+    assert not torch.equal(first, second)
+    assert first.dtype == x.dtype
+    assert torch.equal(first[2:], alone(x[:1]))
+    assert torch.equal(second[2:], alone(x[:1]))
