@@ -230,6 +230,8 @@ def read_ensemble(folder: str | Path) -> EnsembleFolder:
     for file in files:
         try:
             inside = (folder / file).resolve()
+            if inside.is_symlink():  # still, as from Python 3.13 on `resolve` says nothing of a link to itself
+                raise OSError("a link that leads to no file")
             there = inside.is_file()
         except (OSError, RuntimeError, ValueError) as error:  # too long, a link to itself, a NUL or half a character
             raise ValueError(f"{where} names the file {file[:80]!r}, which no file is called. Correct it.") from error
