@@ -51,6 +51,18 @@ def of_seed(seed, high=3, rest=2, single=5):
     return ours + node(f"single-{seed}", single)
 
 
+@pytest.mark.parametrize(("name", "samples"), [("claims", 7_200), ("claims_small", 33_600)])
+def test_the_shipped_contests_are_fair(name, samples):
+    nodes = read_recipe(ROOT / "recipes" / f"{name}.toml").nodes[1:]
+    assert {node.parent for node in nodes} == {"shared"}
+    for seed in "123":
+        own = [node for node in nodes if node.name.endswith(f"-{seed}")]
+        experts = [node for node in own if node.owns or node.excludes]
+        assert sorted((node.interval for node in experts), reverse=True) == list(paper_split())
+        assert sum(node.steps * node.batch for node in experts) == samples
+        assert [node.steps * node.batch for node in own if node not in experts] == [samples]
+
+
 @pytest.fixture(scope="module")
 def encoders():
     return load_encoders(ENCODERS)
