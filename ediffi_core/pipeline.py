@@ -67,8 +67,9 @@ def sample(
 ) -> Iterator[Step]:
     """The steps from noise to images (B, 3, *size) in [-1, 1]; image i is what seed + i gives alone."""
     sigmas = karras_sigmas(settings.steps, settings.sigma_min, settings.sigma_max, settings.rho)
-    noise, batch, device = RowNoise(seed, len(conditioning)), len(conditioning), conditioning.image.device
-    x = sigmas[0] * noise(torch.empty((batch, 3, *size), dtype=torch.float64, device=device))
+    noise = RowNoise(seed, len(conditioning))
+    like = torch.empty((len(conditioning), 3, *size), dtype=torch.float64, device=conditioning.image.device)
+    x = sigmas[0] * noise(like)
     yield from walked(guided_by(denoise, settings), conditioning, x, sigmas, settings.sampler, noise)
 
 
