@@ -10,7 +10,7 @@ from .conditioning import Conditioning
 from .encoders import Encoders
 from .ensemble import Denoise
 from .guidance import guided_apart
-from .samplers import SAMPLERS, Noise, RowNoise, Step, stochastic
+from .samplers import SAMPLERS, Noise, RowNoise, Step
 from .schedule import RHO, SIGMA_MAX, SIGMA_MIN, karras_sigmas
 from .super_resolution import conditioned, stream, tiled, upsampled
 
@@ -127,10 +127,7 @@ def walked(
         return denoise(x.float(), sigma.float(), conditioning).to(x.dtype)
 
     with torch.no_grad():
-        if SAMPLERS[sampler] is stochastic:
-            yield from stochastic(denoise_float, x, sigmas, noise=noise)
-        else:
-            yield from SAMPLERS[sampler](denoise_float, x, sigmas)
+        yield from SAMPLERS[sampler](denoise_float, x, sigmas, noise=noise)
 
 
 def generate(

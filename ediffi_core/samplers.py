@@ -1,7 +1,8 @@
 """Samplers: walk from noise to an image along a sigma schedule.
 
 Each sampler is a generator over steps, so progress, previews and interruption belong to the caller. `denoise` takes
-(x, sigma) with sigma of shape (B,) and returns the denoised images; `sigmas` is (S + 1,), decreasing, ending in 0.
+(x, sigma) with sigma of shape (B,) and returns the denoised images; `sigmas` is (S + 1,), decreasing, ending in 0. `noise`
+maps x to fresh unit noise, for those that add some.
 The state x is kept in the dtype it comes in; float64 costs little and is what EDM uses.
 """
 
@@ -34,7 +35,7 @@ def slope(x: Tensor, sigma: float, denoise: Denoise) -> tuple[Tensor, Tensor]:
     return (x - denoised) / sigma, denoised
 
 
-def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
+def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
     """First order: one network call a step."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         d, denoised = slope(x, sigma, denoise)
@@ -42,9 +43,9 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
         yield Step(i, sigma, denoised, x)
 
 
-def heun(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
+def heun(denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
     """Second order (EDM, Algorithm 1): two network calls a step; the last step, to sigma 0, is Euler."""
-    yield from stochastic(denoise, x, sigmas, s_churn=0, noise=torch.zeros_like)
+    yield from stochastic(denoise, x, sigmas, s_churn=0, noise=noise)
 
 
 def stochastic(
@@ -56,11 +57,11 @@ def stochastic(
     s_tmax: float = 50,
     s_noise: float = 1.003,
     *,
-    noise: Noise,
+    noise: Noise | None,
 ) -> Iterator[Step]:
     """Heun with churn: fresh noise is added before each step inside [s_tmin, s_tmax] (EDM, Algorithm 2).
 
-    noise: maps x to fresh unit noise of its shape; `RowNoise` makes a batch equal its members.
+    noise: maps x to fresh unit noise of its shape, None only without churn; `RowNoise` makes a batch equal its members.
     The defaults are EDM's for ImageNet at 64 pixels.
     """
     steps = len(sigmas) - 1

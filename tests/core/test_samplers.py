@@ -66,8 +66,8 @@ def test_a_sampler_yields_every_step_and_calls_the_network_as_often_as_it_says(s
         seen.append(sigma[0].item())
         return gaussian.denoise(x, sigma)
 
-    noise = {"noise": RowNoise(1, 1)} if sampler == "stochastic" else {}
-    steps = list(SAMPLERS[sampler](denoise, 80 * seeded_noise(0, 1, (3, 4, 4)), karras_sigmas(10), **noise))
+    x = 80 * seeded_noise(0, 1, (3, 4, 4))
+    steps = list(SAMPLERS[sampler](denoise, x, karras_sigmas(10), noise=RowNoise(1, 1)))
     assert [step.index for step in steps] == list(range(10))
     assert len(seen) == calls
     assert steps[0].sigma == pytest.approx(80)
