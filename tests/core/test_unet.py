@@ -172,25 +172,26 @@ from ediffi_core.unet import PRESETS, UNet
 from tiny import random_conditioning
 
 config = PRESETS["paper-base"]
-denoise = guided(Denoiser(UNet(config, dtype=torch.bfloat16).eval().requires_grad_(False)), 5.0)
-conditioning = random_conditioning(batch=1, config=config).to(dtype=torch.bfloat16)
+dtype = torch.bfloat16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else torch.float32
+denoise = guided(Denoiser(UNet(config, dtype=dtype).eval().requires_grad_(False)), 5.0)
+conditioning = random_conditioning(batch=1, config=config).to(dtype=dtype)
 started = time.monotonic()
 denoised = denoise(80 * torch.randn(1, 3, 64, 64), torch.tensor([80.0]), conditioning)
 assert denoised.shape == (1, 3, 64, 64) and denoised.isfinite().all()
-print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-"""
+print(dtype, time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""  # where bfloat16 is emulated, a step takes a quarter of an hour: float32 takes twice the memory, and seconds
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="peak memory is read with the resource module")
-def test_one_denoising_step_of_the_papers_size_in_bfloat16_fits_24_gib(capsys):
+def test_one_denoising_step_of_the_papers_size_fits_24_gib(capsys):
     paths = os.pathsep.join([str(Path(ediffi_core.__file__).parents[1]), str(Path(__file__).parents[1] / "support")])
     environment = {**os.environ, "PYTHONPATH": paths}
     printed = subprocess.run([sys.executable, "-c", ONE_STEP], capture_output=True, text=True, env=environment)
     assert printed.returncode == 0, printed.stderr
-    seconds, gib = map(float, printed.stdout.split())
+    dtype, seconds, gib = printed.stdout.split()
     with capsys.disabled():
-        print(f"\npaper-base, one guided step in bfloat16: {seconds:.1f} s, {gib:.1f} GiB at its peak")
-    assert gib < 24
+        print(f"\npaper-base, one guided step in {dtype}: {float(seconds):.1f} s, {float(gib):.1f} GiB at its peak")
+    assert float(gib) < 24
 
 
 def test_the_input_may_join_the_output_directly():
