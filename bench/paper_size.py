@@ -4,8 +4,9 @@
 
 A call is one step of a sampler over a whole picture: guided in the base stage, two rows; one row in the others. Another expert
 is all weights copied to the device from pinned memory, and ahead is what a call takes longer when that copy runs beside
-it, on a stream of its own: what a change costs where the expert is fetched in time. Seconds are medians. The peak is
-the device's; on a CPU, where nothing is copied, the process's, so each stage has a process. --size tiny tries the script.
+it, on a stream of its own: what a change costs where the expert is fetched in time. Seconds are medians, but of what is
+done once. The peak is the device's; on a CPU, where nothing is copied, the process's, so each stage has a process.
+--size tiny tries the script.
 """
 
 import argparse
@@ -21,30 +22,19 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
+sys.path += [str(ROOT), str(ROOT / "tests" / "support")]
 
-from ediffi_core import efficient_unet, unet  # noqa: E402
+from cascade_memory import resident  # noqa: E402
+from tiny import random_conditioning, random_super_resolution  # noqa: E402
+
 from ediffi_core.checkpoint import KINDS  # noqa: E402
-from ediffi_core.conditioning import Conditioning  # noqa: E402
 from ediffi_core.guidance import guided  # noqa: E402
 from ediffi_core.preconditioning import Denoiser  # noqa: E402
-from ediffi_core.unet import NetworkConfig  # noqa: E402
+from ediffi_core.training.recipe import PRESETS  # noqa: E402
 
-PRESETS = {**unet.PRESETS, **efficient_unet.PRESETS}
 SIDES = {"base": 64, "sr256": 256, "sr1024": 1024}  # pixels
 SIGMA = 5.0
 GIB = 2**30
-
-
-def conditioning_of(config: NetworkConfig, side: int | None) -> Conditioning:
-    """Full prompts, one row. side: of the low-res image, for the stages that have one."""
-    tokens = {"clip": (77, config.clip_width), "t5": (113, config.t5_width)}
-    embeddings = {f"{name}_tokens": torch.randn(1, *shape) for name, shape in tokens.items()}
-    masks = {f"{name}_mask": torch.ones(1, length, dtype=torch.bool) for name, (length, _) in tokens.items()}
-    pooled, image = torch.randn(1, config.pooled_width), torch.randn(1, config.image_width)
-    made = Conditioning(**embeddings, **masks, clip_pooled=pooled, image=image, image_strength=torch.ones(1))
-    return made if side is None else made.with_low_res(torch.rand(1, 3, side, side) * 2 - 1, torch.zeros(1))
 
 
 def measured(stage: str, options: argparse.Namespace) -> dict:
@@ -57,8 +47,11 @@ def measured(stage: str, options: argparse.Namespace) -> dict:
     weights = list(network.parameters())
     row = {"stage": stage, "side": side, "weights": sum(one.numel() for one in weights)}
     row["GiB of weights"] = sum(one.nbytes for one in weights) / GIB
-    conditioning = conditioning_of(config, None if stage == "base" else side).to(device=device, dtype=dtype)
-    denoise = guided(Denoiser(network), 5.0) if stage == "base" else Denoiser(network)
+    if stage == "base":
+        denoise, conditioning = guided(Denoiser(network), 5.0), random_conditioning(1, config=config)
+    else:
+        denoise, conditioning = Denoiser(network), random_super_resolution(1, side, side, config=config)
+    conditioning = conditioning.to(device=device, dtype=dtype)
     x, sigma = SIGMA * torch.randn(1, 3, side, side, device=device), torch.tensor([SIGMA], device=device)
 
     def call() -> None:
@@ -79,7 +72,7 @@ def measured(stage: str, options: argparse.Namespace) -> dict:
         row["call, s"] = usual(call)
         row["GiB at its peak"] = peak(device)
         if device.type == "cuda":
-            row |= changed(weights, call, usual)
+            row |= changed(weights, call, row["call, s"], usual)
         if options.compile:
             network.compile()
             row["compiling, s"] = seconds(call)
@@ -87,8 +80,8 @@ def measured(stage: str, options: argparse.Namespace) -> dict:
     return row
 
 
-def changed(weights: list[torch.Tensor], call: Callable[[], None], usual: Callable) -> dict[str, float]:
-    """What another expert costs, before a call and beside it."""
+def changed(weights: list[torch.Tensor], call: Callable[[], None], alone: float, usual: Callable) -> dict[str, float]:
+    """What another expert costs, before a call and beside it. alone: seconds of the call by itself."""
     kept = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True).copy_(one) for one in weights]
     other = [torch.empty_like(one) for one in weights]  # beside the ones that work
     stream = torch.cuda.Stream()
@@ -102,25 +95,21 @@ def changed(weights: list[torch.Tensor], call: Callable[[], None], usual: Callab
             copy()
         call()
 
-    return {"another expert, s": usual(copy), "ahead, s": usual(beside) - usual(call)}
+    return {"another expert, s": usual(copy), "ahead, s": usual(beside) - alone}
 
 
 def wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def peak(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / GIB
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")) / GIB
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--stages", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--size", choices=("paper", "demo", "tiny"), default="paper")
@@ -132,13 +121,10 @@ def main() -> None:
     for stage in options.stages:
         with ProcessPoolExecutor(1, get_context("spawn")) as own:
             rows.append(own.submit(measured, stage, options).result())
-        print(
-            ", ".join(
-                f"{name} {one if isinstance(one, (int, str)) else f'{one:.3g}'}" for name, one in rows[-1].items()
-            )
-        )
+        shown = (f"{name} {one:.3g}" if isinstance(one, float) else f"{name} {one}" for name, one in rows[-1].items())
+        print(", ".join(shown), flush=True)
     if options.json:
-        on = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
+        on = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
         settings = {"device": on, "torch": torch.__version__, "dtype": options.dtype, "size": options.size}
         options.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

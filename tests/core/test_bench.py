@@ -11,8 +11,9 @@ BENCH = Path(__file__).parents[2] / "bench"
 def test_a_stage_is_measured_in_a_process_of_its_own(tmp_path):
     found = tmp_path / "found.json"
     command = [sys.executable, BENCH / "paper_size.py", "--device", "cpu", "--dtype", "float32", "--size", "tiny"]
-    ran = subprocess.run([*command, "--stages", "base", "--calls", "1", "--json", found], capture_output=True)
-    assert ran.returncode == 0, ran.stderr.decode()
+    command += ["--stages", "base", "--calls", "1", "--json", found]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
     values = json.loads(found.read_text())
     assert values["settings"]["device"] == "CPU"
     (row,) = values["rows"]
